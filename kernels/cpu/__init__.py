@@ -1,0 +1,76 @@
+"""The CPU backend: C++ kernels, one build for each instruction set, the best legal one chosen by priority.
+
+The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats. Sums and
+exponentials are in float32. Attention over the paged cache is online-softmax over tiles of 64 tokens; a
+row's result depends neither on its batch, nor on the number of threads, nor on how a prompt was chunked.
+Threads are torch's own (`torch.set_num_threads`). `linear` and `embedding` are torch's here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+
+import torch
+
+from tokenspeed.kernels.registry import Condition, Implementation, Kernel, Multiple, On, Target, Traits, lazy
+
+_ANY_CPU = On("cpu")
+VARIANTS: Mapping[str, tuple[int, On]] = {
+    "portable": (100, _ANY_CPU),
+    "avx2": (110, On("cpu", "x86_64", frozenset({"avx2", "fma", "bmi2"}))),
+    "avx512": (
+        120,
+        On("cpu", "x86_64", frozenset({"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl"})),
+    ),
+}
+"""Variant → priority and where it runs."""
+
+# The widest vector has 16 floats and a head is a whole number of them.
+_HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
+TRAITS: Mapping[str, Mapping[str, Condition]] = {
+    "mha_decode": _HEADS,
+    "mha_prefill": _HEADS,
+    "rms_norm": {},
+    "rotary": {},
+    "silu_mul": {},
+}
+"""Op with variants → its restrictions. The module of the same name has its launcher."""
+
+DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """Every op of `TRAITS` in every variant, and `kv_store`, which copies bytes the same way on all of them."""
+    copying = lazy(f"{__name__}.kv_store:bind")
+    kv_store = Implementation("kv_store", "cpu", copying, platforms=(_ANY_CPU,), priority=100, unavailable=_unavailable)
+    return kv_store, *(
+        Implementation(
+            op,
+            "cpu",
+            _binder(op, variant),
+            platforms=(on,),
+            dtypes=DTYPES,
+            traits=traits,
+            priority=priority,
+            variant=variant,
+            unavailable=_unavailable,
+        )
+        for op, traits in TRAITS.items()
+        for variant, (priority, on) in VARIANTS.items()
+    )
+
+
+def _unavailable() -> str | None:
+    built = importlib.util.find_spec(f"{__name__}._ops") is not None
+    return None if built else "the extension tokenspeed.kernels.cpu._ops is not built"
+
+
+def _binder(op: str, variant: str) -> Callable[[Target, Traits], Kernel]:
+    def bind(target: Target, traits: Traits) -> Kernel:
+        kernels = importlib.import_module(f"{__name__}._ops").Kernels(variant, str(target.dtype).removeprefix("torch."))
+        kernel: Kernel = importlib.import_module(f"{__name__}.{op}").bind(kernels, target.dtype, traits)
+        return kernel
+
+    return bind

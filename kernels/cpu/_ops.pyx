@@ -1,0 +1,142 @@
+"""The door to the C++ kernels: addresses in, errors out, no GIL in between. Its types are in _ops.pyi."""
+
+from libc.stdint cimport int32_t, int64_t, uintptr_t
+
+
+cdef extern from "parallel.h" namespace "tokenspeed::cpu" nogil:
+    bint c_has_threads "tokenspeed::cpu::has_threads"()
+
+
+cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
+    cdef enum class Type:
+        f32
+        bf16
+
+    cdef enum class Isa:
+        portable
+        avx2
+        avx512
+
+    cdef cppclass Attention:
+        const void* q
+        void* out
+        const void* k
+        const void* v
+        const int32_t* block_table
+        const int32_t* kv_len
+        int64_t q_stride
+        int64_t table_stride
+        int64_t num_blocks
+        int32_t rows
+        int32_t num_heads
+        int32_t num_kv_heads
+        int32_t head_dim
+        int32_t block_size
+        float scale
+
+    cdef cppclass Table "tokenspeed::cpu::Kernels":
+        pass
+
+    const int64_t OK
+    bint c_supports "tokenspeed::cpu::supports"(Isa)
+    const Table* c_kernels "tokenspeed::cpu::kernels"(Isa, Type)
+    int64_t c_mha_decode "tokenspeed::cpu::mha_decode"(const Table&, const Attention&, int) except +
+    int64_t c_mha_prefill "tokenspeed::cpu::mha_prefill"(
+        const Table&, const Attention&, const int32_t*, int) except +
+    int64_t c_kv_store "tokenspeed::cpu::kv_store"(
+        const void*, int64_t, void*, const int64_t*, int64_t, int64_t, int64_t, int)
+    void c_rms_norm "tokenspeed::cpu::rms_norm"(
+        const Table&, const void*, int64_t, const void*, int64_t, const void*, void*, void*, int64_t, int64_t, float,
+        int)
+    int64_t c_rotary "tokenspeed::cpu::rotary"(
+        const Table&, void*, int64_t, int64_t, int64_t, void*, int64_t, int64_t, int64_t, int64_t, bint,
+        const int64_t*, const float*, int64_t, int64_t, int)
+    void c_silu_mul "tokenspeed::cpu::silu_mul"(const Table&, const void*, int64_t, void*, int64_t, int64_t, int)
+
+
+cdef dict ISAS = {"portable": <int> Isa.portable, "avx2": <int> Isa.avx2, "avx512": <int> Isa.avx512}
+cdef dict TYPES = {"float32": <int> Type.f32, "bfloat16": <int> Type.bf16}
+
+
+def has_threads():
+    return c_has_threads()
+
+
+def supports(str isa):
+    return c_supports(<Isa> <int> ISAS[isa])
+
+
+def kv_store(uintptr_t source, int64_t source_stride, uintptr_t cache, uintptr_t slots, int64_t tokens, int64_t size,
+             int64_t num_slots, int threads):
+    cdef int64_t bad
+    with nogil:
+        bad = c_kv_store(<const void*> source, source_stride, <void*> cache, <const int64_t*> slots, tokens, size,
+                         num_slots, threads)
+    if bad != OK:
+        raise IndexError(f"kv_store: the slot of token {bad} is not among the {num_slots} of the cache")
+
+
+cdef class Kernels:
+    """The kernels of one instruction set and one type."""
+
+    cdef const Table* table
+
+    def __cinit__(self, str isa, str dtype):
+        self.table = c_kernels(<Isa> <int> ISAS[isa], <Type> <int> TYPES[dtype])
+        if self.table == NULL:
+            raise ValueError(f"this processor or build has no {isa}")
+
+    def mha_decode(self, uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k, uintptr_t v, int64_t num_blocks,
+                   int block_size, int num_heads, int num_kv_heads, int head_dim, uintptr_t block_table,
+                   int64_t table_stride, uintptr_t kv_len, int rows, float scale, int threads):
+        cdef Attention a = attention(q, q_stride, out, k, v, num_blocks, block_size, num_heads, num_kv_heads, head_dim,
+                                     block_table, table_stride, kv_len, rows, scale)
+        cdef int64_t bad
+        with nogil:
+            bad = c_mha_decode(self.table[0], a, threads)
+        if bad != OK:
+            raise IndexError(f"mha_decode: the length of row {bad} or a block of it is out of range")
+
+    def mha_prefill(self, uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k, uintptr_t v, int64_t num_blocks,
+                    int block_size, int num_heads, int num_kv_heads, int head_dim, uintptr_t block_table,
+                    int64_t table_stride, uintptr_t kv_len, int rows, float scale, uintptr_t query_start, int threads):
+        cdef Attention a = attention(q, q_stride, out, k, v, num_blocks, block_size, num_heads, num_kv_heads, head_dim,
+                                     block_table, table_stride, kv_len, rows, scale)
+        cdef int64_t bad
+        with nogil:
+            bad = c_mha_prefill(self.table[0], a, <const int32_t*> query_start, threads)
+        if bad != OK:
+            raise IndexError(f"mha_prefill: the lengths of row {bad} or a block of it are out of range")
+
+    def rms_norm(self, uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t weight,
+                 uintptr_t y, uintptr_t residual_out, int64_t tokens, int64_t hidden, float eps, int threads):
+        with nogil:
+            c_rms_norm(self.table[0], <const void*> x, x_stride, <const void*> residual, residual_stride,
+                       <const void*> weight, <void*> y, <void*> residual_out, tokens, hidden, eps, threads)
+
+    def rotary(self, uintptr_t q, int64_t q_stride, int64_t q_head_stride, int64_t q_heads, uintptr_t k,
+               int64_t k_stride, int64_t k_head_stride, int64_t k_heads, int64_t head_dim, bint interleaved,
+               uintptr_t positions, uintptr_t cos_sin, int64_t num_positions, int64_t tokens, int threads):
+        cdef int64_t bad
+        with nogil:
+            bad = c_rotary(self.table[0], <void*> q, q_stride, q_head_stride, q_heads, <void*> k, k_stride,
+                           k_head_stride, k_heads, head_dim, interleaved, <const int64_t*> positions,
+                           <const float*> cos_sin, num_positions, tokens, threads)
+        if bad != OK:
+            raise IndexError(f"rotary: the position of token {bad} is not among the {num_positions} of the table")
+
+    def silu_mul(self, uintptr_t gate_up, int64_t stride, uintptr_t out, int64_t tokens, int64_t size, int threads):
+        with nogil:
+            c_silu_mul(self.table[0], <const void*> gate_up, stride, <void*> out, tokens, size, threads)
+
+
+cdef Attention attention(uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k, uintptr_t v, int64_t num_blocks,
+                         int block_size, int num_heads, int num_kv_heads, int head_dim, uintptr_t block_table,
+                         int64_t table_stride, uintptr_t kv_len, int rows, float scale):
+    cdef Attention a
+    a.q, a.q_stride, a.out = <const void*> q, q_stride, <void*> out
+    a.k, a.v, a.num_blocks, a.block_size = <const void*> k, <const void*> v, num_blocks, block_size
+    a.num_heads, a.num_kv_heads, a.head_dim, a.scale = num_heads, num_kv_heads, head_dim, scale
+    a.block_table, a.table_stride = <const int32_t*> block_table, table_stride
+    a.kv_len, a.rows = <const int32_t*> kv_len, rows
+    return a

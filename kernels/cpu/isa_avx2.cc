@@ -1,0 +1,19 @@
+// x86-64 with AVX2 and FMA.
+// Everything compiled for it is local to this file: the linker must never pick such a function for another.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
+#pragma GCC target("avx2,fma,bmi2")
+
+namespace tokenspeed::cpu::avx2 {
+namespace {
+constexpr int LANES = 8;
+#include "simd.h"
+#include "elementwise.h"
+#include "attention_decode.h"
+#include "attention_prefill.h"
+}  // namespace
+#include "table.h"
+}  // namespace tokenspeed::cpu::avx2
+#endif

@@ -1,0 +1,15 @@
+// Every processor: vectors of four floats, which any compiler target has or emulates.
+#include "kernels.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
+
+namespace tokenspeed::cpu::portable {
+namespace {
+constexpr int LANES = 4;
+#include "simd.h"
+#include "elementwise.h"
+#include "attention_decode.h"
+#include "attention_prefill.h"
+}  // namespace
+#include "table.h"
+}  // namespace tokenspeed::cpu::portable

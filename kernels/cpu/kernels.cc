@@ -1,0 +1,172 @@
+// What is the same on every instruction set: the choice of a table, checks, and the cutting into tasks.
+#include "kernels.h"
+
+#include <cstring>
+#include <vector>
+
+#include "parallel.h"
+
+namespace tokenspeed::cpu {
+
+namespace portable {
+const Kernels* table(Type);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels* table(Type);
+}
+namespace avx512 {
+const Kernels* table(Type);
+}
+#endif
+
+bool supports(Isa isa) {
+    switch (isa) {
+        case Isa::portable:
+            return true;
+#if defined(__x86_64__)
+        case Isa::avx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+        case Isa::avx512:
+            return supports(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+        default:
+            return false;
+    }
+}
+
+const Kernels* kernels(Isa isa, Type type) {
+    if (!supports(isa)) return nullptr;
+    switch (isa) {
+#if defined(__x86_64__)
+        case Isa::avx2:
+            return avx2::table(type);
+        case Isa::avx512:
+            return avx512::table(type);
+#endif
+        default:
+            return portable::table(type);
+    }
+}
+
+namespace {
+
+// The first row whose length or blocks are out of range: a wrong table must not become a wild read.
+int64_t check_rows(const Attention& a) {
+    for (int row = 0; row < a.rows; ++row) {
+        const int64_t length = a.kv_len[row];
+        const int64_t blocks = (length + a.block_size - 1) / a.block_size;
+        if (length < 1 || blocks > a.table_stride) return row;
+        const int32_t* table = a.block_table + row * a.table_stride;
+        for (int64_t i = 0; i < blocks; ++i) {
+            if (table[i] < 0 || table[i] >= a.num_blocks) return row;
+        }
+    }
+    return OK;
+}
+
+// The first of the tokens whose position (or slot) is not below `limit`.
+int64_t check_positions(const int64_t* positions, int64_t tokens, int64_t limit) {
+    for (int64_t t = 0; t < tokens; ++t) {
+        if (positions[t] < 0 || positions[t] >= limit) return t;
+    }
+    return OK;
+}
+
+int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+}  // namespace
+
+int64_t mha_decode(const Kernels& kernels, const Attention& a, int threads) {
+    if (const int64_t bad = check_rows(a); bad != OK) return bad;
+    if (a.rows == 0) return OK;
+    std::vector<Split> splits;
+    std::vector<int64_t> first(a.rows + 1);
+    for (int32_t row = 0; row < a.rows; ++row) {
+        first[row] = static_cast<int64_t>(splits.size());
+        for (int32_t begin = 0; begin < a.kv_len[row]; begin += SPLIT_TOKENS) {
+            const int32_t end = begin + SPLIT_TOKENS;
+            splits.push_back({row, begin, end < a.kv_len[row] ? end : a.kv_len[row]});
+        }
+    }
+    const int64_t num_splits = static_cast<int64_t>(splits.size());
+    first[a.rows] = num_splits;
+    const int64_t each = round_up(kernels.decode_scratch(a));
+    float* memory = scratch(each * threads + num_splits * partial_size(a));
+    float* partials = memory + each * threads;
+    parallel(num_splits, threads, [&](int64_t i, int worker) {
+        kernels.decode_split(a, splits[i], partials + i * partial_size(a), memory + worker * each);
+    });
+    parallel_ranges(a.rows, num_splits / a.rows * partial_size(a), threads, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            kernels.decode_combine(a, static_cast<int>(row), partials + first[row] * partial_size(a),
+                                   static_cast<int>(first[row + 1] - first[row]));
+        }
+    });
+    return OK;
+}
+
+int64_t mha_prefill(const Kernels& kernels, const Attention& a, const int32_t* query_start, int threads) {
+    if (const int64_t bad = check_rows(a); bad != OK) return bad;
+    std::vector<QueryTile> tiles;
+    const int tile_tokens = a.group() > TILE_ROWS ? 1 : TILE_ROWS / a.group();
+    for (int32_t row = 0; row < a.rows; ++row) {
+        const int32_t begin = query_start[row] - query_start[0], end = query_start[row + 1] - query_start[0];
+        if (end <= begin || end - begin > a.kv_len[row]) return row;
+        for (int32_t t = begin; t < end; t += tile_tokens) {
+            const int32_t last = t + tile_tokens < end ? t + tile_tokens : end;
+            for (int32_t head = 0; head < a.num_kv_heads; ++head) {
+                tiles.push_back({row, head, t, last, a.kv_len[row] - (end - begin) + (t - begin) + 1});
+            }
+        }
+    }
+    const int64_t num_tiles = static_cast<int64_t>(tiles.size());
+    const int64_t each = round_up(kernels.prefill_scratch(a));
+    float* memory = scratch(each * threads);
+    // From the back: the last tiles of a row see the most tokens, and the small ones fill the gaps at the end.
+    parallel(num_tiles, threads, [&](int64_t i, int worker) {
+        kernels.prefill_tile(a, tiles[num_tiles - 1 - i], memory + worker * each);
+    });
+    return OK;
+}
+
+int64_t rotary(const Kernels& kernels, void* q, int64_t q_stride, int64_t q_head_stride, int64_t q_heads, void* k,
+               int64_t k_stride, int64_t k_head_stride, int64_t k_heads, int64_t head_dim, bool interleaved,
+               const int64_t* positions, const float* cos_sin, int64_t num_positions, int64_t tokens, int threads) {
+    if (const int64_t bad = check_positions(positions, tokens, num_positions); bad != OK) return bad;
+    parallel_ranges(tokens, (q_heads + k_heads) * head_dim, threads, [&](int64_t begin, int64_t end) {
+        kernels.rotary(q, q_stride, q_head_stride, q_heads, head_dim, interleaved, positions, cos_sin, begin, end);
+        kernels.rotary(k, k_stride, k_head_stride, k_heads, head_dim, interleaved, positions, cos_sin, begin, end);
+    });
+    return OK;
+}
+
+int64_t kv_store(const void* source, int64_t source_stride, void* cache, const int64_t* slots, int64_t tokens,
+                 int64_t bytes, int64_t num_slots, int threads) {
+    if (const int64_t bad = check_positions(slots, tokens, num_slots); bad != OK) return bad;
+    parallel_ranges(tokens, bytes / 2, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            std::memcpy(static_cast<char*>(cache) + slots[t] * bytes,
+                        static_cast<const char*>(source) + t * source_stride, static_cast<size_t>(bytes));
+        }
+    });
+    return OK;
+}
+
+void rms_norm(const Kernels& kernels, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
+              const void* weight, void* y, void* residual_out, int64_t tokens, int64_t hidden, float eps, int threads) {
+    parallel_ranges(tokens, hidden, threads, [&](int64_t begin, int64_t end) {
+        kernels.rms_norm(x, x_stride, residual, residual_stride, weight, y, residual_out, hidden, eps, begin, end);
+    });
+}
+
+void silu_mul(const Kernels& kernels, const void* gate_up, int64_t stride, void* out, int64_t tokens, int64_t size,
+              int threads) {
+    // An exponential costs about as much as moving eight elements.
+    parallel_ranges(tokens, 8 * size, threads, [&](int64_t begin, int64_t end) {
+        kernels.silu_mul(gate_up, stride, out, size, begin, end);
+    });
+}
+
+}  // namespace tokenspeed::cpu

@@ -1,0 +1,94 @@
+// The C++ face of the CPU kernels, and the table that each instruction set fills.
+#pragma once
+
+#include <cstdint>
+
+namespace tokenspeed::cpu {
+
+enum class Type { f32, bf16 };
+enum class Isa { portable, avx2, avx512 };
+
+// Attention over a paged cache. Heads of q and out lie together (head h at h * head_dim); tokens of q are
+// q_stride elements apart, those of out num_heads * head_dim. Caches: [num_blocks, block_size, num_kv_heads,
+// head_dim], contiguous. Row r reads block_table[r * table_stride + i], i < ceil(kv_len[r] / block_size).
+struct Attention {
+    const void* q;
+    void* out;
+    const void* k;
+    const void* v;
+    const int32_t* block_table;
+    const int32_t* kv_len;
+    int64_t q_stride;
+    int64_t table_stride;  // also the number of entries of a row
+    int64_t num_blocks;
+    int32_t rows;
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    int32_t block_size;
+    float scale;
+
+    int group() const { return num_heads / num_kv_heads; }
+    int64_t token_stride() const { return int64_t{num_kv_heads} * head_dim; }
+};
+
+// KV tokens [begin, end) of a row: the part of a decode that one task computes, for every head.
+struct Split {
+    int32_t row;
+    int32_t begin;
+    int32_t end;
+};
+
+// Query tokens [begin, end) of q, all of one row, for one KV head. The first of them sees `visible`
+// tokens, each later one sees one more.
+struct QueryTile {
+    int32_t row;
+    int32_t kv_head;
+    int32_t begin;
+    int32_t end;
+    int32_t visible;
+};
+
+constexpr int SPLIT_TOKENS = 256;  // a constant, so that a row's result does not depend on its batch
+constexpr int TILE_TOKENS = 64;    // KV tokens between two rescalings of the online softmax
+constexpr int TILE_ROWS = 96;      // query rows (tokens × heads of the group) that share one pass over the KV
+
+// What each instruction set provides for each type. Elementwise functions work on tokens [begin, end).
+// A partial of a split is num_heads × (head_dim accumulators, maximum, sum).
+struct Kernels {
+    int64_t (*decode_scratch)(const Attention&);
+    void (*decode_split)(const Attention&, const Split&, float* partial, float* scratch);
+    void (*decode_combine)(const Attention&, int row, const float* partials, int splits);
+    int64_t (*prefill_scratch)(const Attention&);
+    void (*prefill_tile)(const Attention&, const QueryTile&, float* scratch);
+    void (*rms_norm)(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride, const void* weight,
+                     void* y, void* residual_out, int64_t hidden, float eps, int64_t begin, int64_t end);
+    void (*rotary)(void* x, int64_t token_stride, int64_t head_stride, int64_t heads, int64_t head_dim, bool interleaved,
+                   const int64_t* positions, const float* cos_sin, int64_t begin, int64_t end);
+    void (*silu_mul)(const void* gate_up, int64_t stride, void* out, int64_t size, int64_t begin, int64_t end);
+};
+
+// Whether this processor runs it, and this build has it.
+bool supports(Isa);
+const Kernels* kernels(Isa, Type);
+
+// Partial floats of one split.
+inline int64_t partial_size(const Attention& a) { return int64_t{a.num_heads} * (a.head_dim + 2); }
+
+constexpr int64_t OK = -1;
+
+// What returns a number returns OK, or the first row or token whose length, block, position or slot is out of
+// range; nothing is written then. Strides are in elements, of kv_store in bytes.
+int64_t mha_decode(const Kernels&, const Attention&, int threads);
+int64_t mha_prefill(const Kernels&, const Attention&, const int32_t* query_start, int threads);
+int64_t rotary(const Kernels&, void* q, int64_t q_stride, int64_t q_head_stride, int64_t q_heads, void* k,
+               int64_t k_stride, int64_t k_head_stride, int64_t k_heads, int64_t head_dim, bool interleaved,
+               const int64_t* positions, const float* cos_sin, int64_t num_positions, int64_t tokens, int threads);
+int64_t kv_store(const void* source, int64_t source_stride, void* cache, const int64_t* slots, int64_t tokens,
+                 int64_t bytes, int64_t num_slots, int threads);
+void rms_norm(const Kernels&, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
+              const void* weight, void* y, void* residual_out, int64_t tokens, int64_t hidden, float eps, int threads);
+void silu_mul(const Kernels&, const void* gate_up, int64_t stride, void* out, int64_t tokens, int64_t size,
+              int threads);
+
+}  // namespace tokenspeed::cpu

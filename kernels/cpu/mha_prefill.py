@@ -1,0 +1,65 @@
+"""mha_prefill: launcher of attention_prefill.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenspeed.kernels.cpu import _ops
+from tokenspeed.kernels.cpu.arguments import expect, expect_contiguous
+from tokenspeed.kernels.registry import Kernel, Traits
+
+
+def bind(kernels: _ops.Kernels, dtype: torch.dtype, traits: Traits) -> Kernel:
+    launch = kernels.mha_prefill
+    num_heads, num_kv_heads, head_dim, block_size = (
+        int(traits[name]) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size")
+    )
+
+    def mha_prefill(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        kv_len: Tensor,
+        query_lens: tuple[int, ...],
+        kv_lens: tuple[int, ...],
+        scale: float,
+        /,
+    ) -> Tensor:
+        tokens, rows = q.shape[0], block_table.shape[0]
+        num_blocks = k_cache.shape[0]
+        expect("q", q, dtype, tokens, num_heads, head_dim)
+        expect_contiguous("k_cache", k_cache, dtype, num_blocks, block_size, num_kv_heads, head_dim)
+        expect_contiguous("v_cache", v_cache, dtype, num_blocks, block_size, num_kv_heads, head_dim)
+        expect("block_table", block_table, torch.int32, rows, None)
+        expect_contiguous("query_start", query_start, torch.int32, rows + 1)
+        expect_contiguous("kv_len", kv_len, torch.int32, rows)
+        if sum(query_lens) != tokens:
+            raise ValueError(f"query_lens sum to {sum(query_lens)}, q has {tokens} tokens")
+        if q.stride(1) != head_dim:
+            q = q.contiguous()
+        out = torch.empty((tokens, num_heads, head_dim), dtype=dtype)
+        launch(
+            q.data_ptr(),
+            q.stride(0),
+            out.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            num_blocks,
+            block_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_table.data_ptr(),
+            block_table.stride(0),
+            kv_len.data_ptr(),
+            rows,
+            scale,
+            query_start.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    return mha_prefill

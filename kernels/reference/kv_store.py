@@ -1,0 +1,15 @@
+"""kv_store: cache.view(slots, ...)[kv_slots] = tensor."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokenspeed.kernels.registry import Implementation, plain
+
+
+def kv_store(tensors: tuple[Tensor, ...], caches: tuple[Tensor, ...], kv_slots: Tensor, /) -> None:
+    for tensor, cache in zip(tensors, caches, strict=True):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, kv_slots, tensor)
+
+
+IMPLEMENTATION = Implementation("kv_store", "reference", plain(kv_store))

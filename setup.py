@@ -1,0 +1,33 @@
+"""Two extensions, C++20 behind Cython, built without torch. Everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-Wall", "-Wextra", "-Werror=unused-result"]
+CORE = sorted(str(path) for path in Path("csrc").glob("*.cc"))
+KERNELS = sorted(str(path) for path in Path("tokenspeed/kernels/cpu").glob("*.cc"))
+
+extensions = [
+    Extension(
+        "tokenspeed._core.scheduler",
+        ["tokenspeed/_core/scheduler.pyx", *CORE],
+        include_dirs=["csrc"],
+        depends=[str(path) for path in Path("csrc").glob("*.h")],
+        extra_compile_args=FLAGS,
+        language="c++",
+    ),
+    Extension(
+        "tokenspeed.kernels.cpu._ops",
+        ["tokenspeed/kernels/cpu/_ops.pyx", *KERNELS],
+        include_dirs=["tokenspeed/kernels/cpu"],
+        depends=[str(path) for path in Path("tokenspeed/kernels/cpu").glob("*.h")],
+        extra_compile_args=FLAGS,
+        language="c++",
+    ),
+]
+
+setup(ext_modules=cythonize(extensions, language_level=3, build_dir="build/cython"))

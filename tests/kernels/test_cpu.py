@@ -1,0 +1,149 @@
+"""What the CPU kernels promise beyond their numbers: order of sums, layouts, and no wild reads or writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.kernels.test_numerics import Paged
+from tokenspeed.kernels import ops
+from tokenspeed.kernels.cpu import _ops
+from tokenspeed.kernels.platform import Platform
+
+TARGET = ops.Target(Platform.of(torch.device("cpu")), torch.float32)
+PAGED = Paged(rows=((1, 700), (1, 3), (1, 65)), heads=6, kv_heads=2, head_dim=64, block_size=16)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def decode() -> ops.MhaDecode:
+    return ops.mha_decode(TARGET, num_heads=6, num_kv_heads=2, head_dim=64, block_size=16)
+
+
+def prefill() -> ops.MhaPrefill:
+    return ops.mha_prefill(TARGET, num_heads=6, num_kv_heads=2, head_dim=64, block_size=16)
+
+
+def test_torch_brings_the_threads_that_the_kernels_use() -> None:
+    assert _ops.has_threads()
+
+
+def test_a_row_decodes_to_the_same_bits_alone_and_in_a_batch(generator: torch.Generator) -> None:
+    q, k, v, table, kv_len, kv_lens, scale = PAGED.decode_arguments(generator, torch.float32)
+    together = decode()(q, k, v, table, kv_len, kv_lens, scale)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = decode()(q[one], k, v, table[one], kv_len[one], kv_lens[one], scale)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_the_number_of_threads_changes_no_bit(generator: torch.Generator, restored_threads: None) -> None:
+    wide = Paged(rows=((300, 700), (1, 3), (65, 65)), heads=6, kv_heads=2, head_dim=64, block_size=16)
+    arguments = wide.arguments(generator, torch.float32)
+    decode_arguments = PAGED.decode_arguments(generator, torch.float32)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append((prefill()(*arguments), decode()(*decode_arguments)))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 16, 63, 64, 130])
+def test_a_prompt_in_chunks_gives_the_same_bits_as_whole(cut: int, generator: torch.Generator) -> None:
+    whole = Paged(rows=((131, 131),), heads=6, kv_heads=2, head_dim=64, block_size=16)
+    q, k, v, table, _, _, _, _, scale = whole.arguments(generator, torch.float32)
+
+    def chunk(begin: int, end: int) -> torch.Tensor:
+        starts, length = torch.tensor([0, end - begin], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
+        return prefill()(q[begin:end], k, v, table, starts, length, (end - begin,), (end,), scale)
+
+    assert torch.equal(torch.cat((chunk(0, cut), chunk(cut, 131))), chunk(0, 131))
+
+
+@pytest.mark.parametrize("bad", [-1, 1_000_000])
+def test_a_block_that_does_not_exist_is_an_error(bad: int, generator: torch.Generator) -> None:
+    q, k, v, table, kv_len, kv_lens, scale = PAGED.decode_arguments(generator, torch.float32)
+    table[2, 4] = bad
+    with pytest.raises(IndexError, match="row 2"):
+        decode()(q, k, v, table, kv_len, kv_lens, scale)
+
+
+@pytest.mark.parametrize("length", [0, -3, 2_000_000_000])
+def test_a_length_that_the_table_cannot_hold_is_an_error(length: int, generator: torch.Generator) -> None:
+    q, k, v, table, kv_len, kv_lens, scale = PAGED.decode_arguments(generator, torch.float32)
+    kv_len[1] = length
+    with pytest.raises(IndexError, match="row 1"):
+        decode()(q, k, v, table, kv_len, kv_lens, scale)
+
+
+def test_more_new_tokens_than_the_row_has_are_an_error(generator: torch.Generator) -> None:
+    arguments = list(Paged(((5, 9), (4, 8)), 6, 2, 64, 16).arguments(generator, torch.float32))
+    arguments[5] = torch.tensor([9, 3], dtype=torch.int32)
+    with pytest.raises(IndexError, match="row 1"):
+        prefill()(*arguments)
+
+
+@pytest.mark.parametrize("slot", [-1, 64])
+def test_a_slot_outside_the_cache_is_an_error_and_writes_nothing(slot: int) -> None:
+    cache = torch.zeros(4, 16, 2, 8)
+    with pytest.raises(IndexError, match="token 1"):
+        ops.kv_store(TARGET)((torch.ones(3, 2, 8),), (cache,), torch.tensor([0, slot, 2]))
+    assert not cache.any()
+
+
+@pytest.mark.parametrize("position", [-1, 10])
+def test_a_position_past_the_table_is_an_error(position: int) -> None:
+    q, k = torch.ones(2, 2, 8), torch.ones(2, 1, 8)
+    with pytest.raises(IndexError, match="token 1"):
+        ops.rotary(TARGET, head_dim=8)(q, k, torch.tensor([0, position]), torch.ones(10, 8))
+    assert torch.equal(q, torch.ones(2, 2, 8))
+
+
+def test_wrong_types_and_layouts_are_errors(generator: torch.Generator) -> None:
+    q, k, v, table, kv_len, kv_lens, scale = PAGED.decode_arguments(generator, torch.float32)
+    with pytest.raises(ValueError, match=r"q is torch\.bfloat16"):
+        decode()(q.bfloat16(), k, v, table, kv_len, kv_lens, scale)
+    with pytest.raises(ValueError, match=r"block_table is torch\.int64"):
+        decode()(q, k, v, table.long(), kv_len, kv_lens, scale)
+    with pytest.raises(ValueError, match="v_cache"):
+        decode()(q, k, v[:, :8], table, kv_len, kv_lens, scale)
+    with pytest.raises(ValueError, match="k_cache"):
+        decode()(q, k.transpose(1, 2).contiguous().transpose(1, 2), v, table, kv_len, kv_lens, scale)
+    with pytest.raises(ValueError, match="kv_len"):
+        decode()(q, k, v, table, kv_len[:2], kv_lens, scale)
+    with pytest.raises(ValueError, match="last dimension contiguous"):
+        ops.silu_mul(TARGET)(torch.ones(8, 4).T)
+    with pytest.raises(ValueError, match="weight"):
+        ops.rms_norm(TARGET)(torch.ones(2, 8), torch.ones(7), 1e-5, None)
+
+
+def test_nothing_to_do_is_done() -> None:
+    y, residual = ops.rms_norm(TARGET)(torch.empty(0, 8), torch.ones(8), 1e-5, torch.empty(0, 8))
+    assert y.shape == residual.shape == (0, 8)
+    assert ops.silu_mul(TARGET)(torch.empty(0, 8)).shape == (0, 4)
+    cache = torch.zeros(1, 16, 2, 8)
+    ops.kv_store(TARGET)((torch.empty(0, 2, 8),), (cache,), torch.empty(0, dtype=torch.int64))
+    table, no_rows = torch.empty(0, 4, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
+    blocks = torch.zeros(4, 16, 2, 64)
+    assert decode()(torch.empty(0, 6, 64), blocks, blocks, table, no_rows, (), 1.0).shape == (0, 6, 64)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_an_instruction_set_opens_only_where_it_is_supported(isa: _ops.Isa) -> None:
+    if _ops.supports(isa):
+        _ops.Kernels(isa, "float32")
+    else:
+        with pytest.raises(ValueError, match=isa):
+            _ops.Kernels(isa, "float32")

@@ -1,0 +1,329 @@
+"""Which kernel is chosen, how that is explained and forced, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenspeed.kernels import __main__ as command
+from tokenspeed.kernels import ops, selection
+from tokenspeed.kernels.platform import Platform
+from tokenspeed.kernels.registry import (
+    OPS,
+    DeclarationError,
+    Implementation,
+    Kernel,
+    Multiple,
+    On,
+    OneOf,
+    Registry,
+    SelectionError,
+    Target,
+    Traits,
+    lazy,
+)
+from tokenspeed.kernels.selection import ENVIRONMENT, Selector, load_plugins
+
+CPU = Platform("cpu", "x86_64", frozenset({"avx2", "fma"}))
+HOPPER = Platform("nvidia", "sm90", frozenset({"sm80", "sm90"}))
+ATTENTION = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_size": 64}
+
+
+def named(name: str) -> Callable[[Target, Traits], Kernel]:
+    """A bind whose kernel returns its name."""
+    return lambda target, traits: lambda: name
+
+
+def implementation(backend: str, op: str = "mha_decode", variant: str = "", **options: object) -> Implementation:
+    return Implementation(op, backend, named(backend + variant), variant=variant, **options)  # type: ignore[arg-type]
+
+
+def selector(*implementations: Implementation) -> Selector:
+    registry = Registry()
+    registry.add(implementations)
+    return Selector(registry)
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+
+
+def test_the_highest_legal_priority_is_chosen() -> None:
+    chooses = selector(
+        implementation("slow", priority=1),
+        implementation("fast", priority=9, platforms=(On("cpu", isa=frozenset({"avx2"})),)),
+        implementation("faster", priority=10, platforms=(On("cpu", isa=frozenset({"avx512f"})),)),
+        implementation("hopper", priority=99, platforms=(On("nvidia", "sm90"),)),
+    )
+    assert chooses.select("mha_decode", Target(CPU, torch.float32), ATTENTION)() == "fast"
+    assert chooses.select("mha_decode", Target(HOPPER, torch.float32), ATTENTION)() == "hopper"
+    assert chooses.select("mha_decode", Target(Platform("npu", ""), torch.float32), ATTENTION)() == "slow"
+
+
+def test_at_equal_priority_the_first_declared_is_chosen() -> None:
+    chooses = selector(implementation("first"), implementation("second"))
+    assert chooses.select("mha_decode", Target(CPU, torch.float32), ATTENTION)() == "first"
+
+
+def test_a_newer_chip_runs_what_needs_an_older_one() -> None:
+    chooses = selector(implementation("ampere", platforms=(On("nvidia", isa=frozenset({"sm80"})),)))
+    assert chooses.select("mha_decode", Target(HOPPER, torch.bfloat16), ATTENTION)() == "ampere"
+
+
+@pytest.mark.parametrize(
+    ("options", "traits", "reason"),
+    [
+        ({"dtypes": frozenset({torch.bfloat16})}, ATTENTION, "does not take float32"),
+        ({"platforms": (On("nvidia"),)}, ATTENTION, "runs on nvidia, not on cpu"),
+        ({"platforms": (On("cpu", "aarch64"),)}, ATTENTION, "runs on aarch64, not on x86_64"),
+        ({"platforms": (On("cpu", isa=frozenset({"amx_bf16"})),)}, ATTENTION, "needs amx_bf16"),
+        ({"traits": {"head_dim": OneOf(frozenset({80, 128}))}}, ATTENTION, "head_dim=64 is not in {80, 128}"),
+        ({"traits": {"head_dim": Multiple(48)}}, ATTENTION, "head_dim=64 is not a multiple of 48"),
+        ({"traits": {"head_dim": Multiple(16, at_most=32)}}, ATTENTION, "at most 32"),
+        ({"unavailable": lambda: "wheel is not installed"}, ATTENTION, "wheel is not installed"),
+    ],
+)
+def test_what_is_illegal_is_refused_with_the_reason(options: dict[str, object], traits: Traits, reason: str) -> None:
+    with pytest.raises(SelectionError, match=reason.replace("{", r"\{")):
+        selector(implementation("only", **options)).select("mha_decode", Target(CPU, torch.float32), traits)
+
+
+def test_a_trait_that_is_missing_or_unknown_is_refused() -> None:
+    chooses = selector(implementation("only"))
+    with pytest.raises(SelectionError, match="needs the traits block_size, head_dim"):
+        chooses.select("mha_decode", Target(CPU, torch.float32), {"num_heads": 8, "num_kv_heads": 2})
+    with pytest.raises(SelectionError, match="has no trait colour"):
+        chooses.select("mha_decode", Target(CPU, torch.float32), {**ATTENTION, "colour": "red"})
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        implementation("cpu"),
+        implementation("cpu", priority=5),
+        implementation("cpu", dtypes=frozenset({torch.float32})),
+        implementation("cpu", platforms=(On("nvidia"), On("cpu"))),
+        implementation("cpu", traits={"head_dim": OneOf(frozenset({64}))}),
+    ],
+    ids=["equal", "other priority", "one type", "one platform", "one trait"],
+)
+def test_a_second_declaration_with_the_same_key_is_an_error(second: Implementation) -> None:
+    registry = Registry()
+    registry.add([implementation("cpu")])
+    with pytest.raises(DeclarationError, match="mha_decode=cpu is declared twice"):
+        registry.add([second])
+    with pytest.raises(DeclarationError, match="declared twice"):
+        Registry().add([implementation("cpu"), second])
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        implementation("other"),
+        implementation("cpu", variant="avx2"),
+        implementation("cpu", op="mha_prefill"),
+        implementation("cpu", dtypes=frozenset({torch.bfloat16})),
+        implementation("cpu", platforms=(On("nvidia"),)),
+        implementation("cpu", platforms=(On("cpu", isa=frozenset({"avx2"})),)),
+        implementation("cpu", traits={"head_dim": OneOf(frozenset({80, 96}))}),
+    ],
+    ids=["backend", "variant", "op", "type", "platform", "features", "trait"],
+)
+def test_declarations_that_differ_in_one_part_of_the_key_stand_together(second: Implementation) -> None:
+    registry = Registry()
+    first = implementation(
+        "cpu", platforms=(On("cpu"),), dtypes=frozenset({torch.float32}), traits={"head_dim": Multiple(64)}
+    )
+    assert registry.add([first, second]) == 2
+
+
+def test_unknown_ops_and_traits_cannot_be_declared() -> None:
+    registry = Registry()
+    with pytest.raises(DeclarationError, match="unknown op 'convolve'"):
+        registry.add([implementation("cpu"), implementation("cpu", op="convolve")])
+    with pytest.raises(DeclarationError, match="unknown traits: colour"):
+        registry.add([implementation("cpu", traits={"colour": Multiple(2)})])
+    assert registry.all() == ()
+
+
+def test_a_forced_backend_or_variant_is_chosen_over_a_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chooses = selector(
+        implementation("reference"),
+        implementation("cpu", variant="portable", priority=1),
+        implementation("cpu", variant="avx2", priority=2),
+    )
+    target = Target(CPU, torch.float32)
+    for setting, chosen in (
+        ("", "cpuavx2"),
+        ("mha_decode=reference", "reference"),
+        ("mha_decode=cpu", "cpuavx2"),
+        (" mha_decode = cpu:portable , ", "cpuportable"),
+    ):
+        monkeypatch.setenv(ENVIRONMENT, setting)
+        assert chooses.select("mha_decode", target, ATTENTION)() == chosen
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("mha_decode", "'mha_decode' is not of the form op=backend"),
+        ("mha_decode=", "not of the form op=backend"),
+        ("convolve=cpu", "unknown op 'convolve'"),
+        ("linear=tpu", "linear has no backend 'tpu'; it has cpu"),
+        ("mha_decode=gpu", "runs on nvidia, not on cpu"),
+        ("mha_decode=cpu,mha_decode=gpu", "mha_decode is forced twice"),
+    ],
+)
+def test_a_forced_kernel_that_cannot_be_is_an_error(
+    setting: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chooses = selector(
+        implementation("cpu"), implementation("gpu", platforms=(On("nvidia"),)), implementation("cpu", op="linear")
+    )
+    monkeypatch.setenv(ENVIRONMENT, setting)
+    with pytest.raises(SelectionError, match=message):
+        chooses.select("mha_decode", Target(CPU, torch.float32), ATTENTION)
+
+
+def test_an_explanation_names_the_choice_the_rest_and_what_is_open() -> None:
+    chooses = selector(
+        implementation("reference"),
+        implementation("cpu", priority=3, traits={"head_dim": Multiple(16)}),
+        implementation("gpu", priority=9, platforms=(On("nvidia"),)),
+    )
+    explanation = chooses.explain("mha_decode", Target(CPU, torch.float32), {"block_size": 16}, forced={})
+    assert str(explanation).splitlines() == [
+        "mha_decode on cpu x86_64 (avx2 fma), float32, block_size=16",
+        "  chosen   cpu             priority 3; if head_dim is a multiple of 16",
+        "  legal    reference       priority 0",
+        "  rejected gpu             priority 9; runs on nvidia, not on cpu",
+    ]
+
+
+def test_a_lazy_bind_is_imported_when_it_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "late_kernel.py").write_text("def bind(target, traits):\n    return lambda: traits['head_dim']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    chooses = selector(Implementation("mha_decode", "late", lazy("late_kernel:bind")))
+    chooses.explain("mha_decode", Target(CPU, torch.float32), ATTENTION)
+    assert "late_kernel" not in sys.modules
+    assert chooses.select("mha_decode", Target(CPU, torch.float32), ATTENTION)() == 64
+
+
+PLUGIN = """
+from tokenspeed.kernels.registry import Implementation, plain
+
+def declare():
+    yield Implementation("silu_mul", "sample", plain(lambda gate_up: "sample"), priority=1000)
+"""
+
+
+def install(folder: Path, module: str, source: str, entry_points: str) -> None:
+    """What an installer leaves: a module, and a distribution that names its entry points."""
+    (folder / f"{module}.py").write_text(source)
+    info = folder / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[tokenspeed.kernels]\n{entry_points}\n")
+
+
+def test_an_installed_plugin_is_loaded_and_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(tmp_path, "sample_kernels", PLUGIN, "sample = sample_kernels:declare")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry()
+    with caplog.at_level(logging.INFO, "tokenspeed.kernels"):
+        (plugin,) = load_plugins(registry)
+    assert (plugin.name, plugin.module, plugin.num_implementations, plugin.failure) == (
+        "sample",
+        "sample_kernels",
+        1,
+        None,
+    )
+    assert "kernel plug-in sample (sample_kernels): 1 implementations" in caplog.text
+    chosen = Selector(registry).select("silu_mul", Target(CPU, torch.float32), {})
+    assert chosen(torch.zeros(1, 2)) == "sample"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import a_package_that_is_not_there\n", "ModuleNotFoundError"),
+        ("declare = lambda: 1 / 0\n", "ZeroDivisionError"),
+        ("declare = lambda: ['silu_mul']\n", "TypeError: expected Implementation, got str"),
+        (PLUGIN.replace("silu_mul", "convolve"), "unknown op 'convolve'"),
+        (PLUGIN + "    yield 3\n", "TypeError: expected Implementation, got int"),
+    ],
+    ids=["import", "call", "type", "op", "half"],
+)
+def test_a_broken_plugin_is_named_and_the_others_load(
+    source: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, sound = f"broken_kernels_{abs(hash(reason))}", "sound_kernels"
+    install(tmp_path, broken, source, f"broken = {broken}:declare")
+    install(tmp_path, sound, PLUGIN, f"sound = {sound}:declare")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry()
+    first, second = load_plugins(registry)
+    assert first.name == "broken" and first.num_implementations == 0 and reason in (first.failure or "")
+    assert f"kernel plug-in broken ({broken}) is skipped: " in caplog.text and reason in caplog.text
+    assert second.failure is None and [each.backend for each in registry.all()] == ["sample"]
+
+
+def test_plugins_join_the_backends_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "joining_kernels", PLUGIN, "joining = joining_kernels:declare")
+    monkeypatch.syspath_prepend(tmp_path)
+    selection.default.cache_clear()
+    try:
+        target = Target(Platform.of(torch.device("cpu")), torch.float32)
+        assert ops.silu_mul(target)(torch.zeros(1, 2)) == "sample"
+        assert "plug-in joining (joining_kernels): 1 implementations" in command.listing(selection.default())
+    finally:
+        selection.default.cache_clear()
+
+
+def test_this_machine_prefers_its_compiled_kernels_to_the_reference() -> None:
+    explanation = selection.default().explain(
+        "mha_decode", Target(Platform.of(torch.device("cpu")), torch.float32), ATTENTION
+    )
+    assert explanation.chosen is not None and explanation.chosen.backend == "cpu"
+
+
+def test_a_head_that_the_compiled_kernels_cannot_take_goes_to_the_reference() -> None:
+    target = Target(Platform.of(torch.device("cpu")), torch.float32)
+    explanation = selection.default().explain("mha_decode", target, {**ATTENTION, "head_dim": 72})
+    assert explanation.chosen is not None and explanation.chosen.backend == "reference"
+
+
+def test_every_op_is_on_the_command_lines_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["list"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert set(OPS) <= listed
+
+
+def test_the_command_line_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["explain", "mha_decode", "--device", "cpu", "--trait", "head_dim=72"]) == 0
+    assert "head_dim=72 is not a multiple of 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "convolve"], "unknown op 'convolve'"),
+        (["explain", "linear", "--device", "warp"], "device"),
+        (["explain", "rotary", "--trait", "head_dim"], "not of the form NAME=VALUE"),
+        (["explain", "rotary", "--trait", "colour=red"], "rotary has no trait colour"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

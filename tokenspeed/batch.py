@@ -1,0 +1,224 @@
+"""The one place where the control plane and the device plane meet: plain int32 arrays.
+
+`PlanBuffers` is owned by Python and filled in place by the control plane; `Plan` says how much of it is
+filled for one step; `StepResult` is what the device gives back; `Outputs` is what a commit tells the
+step loop. Nothing here knows torch, the scheduler or the model.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+ON_DEVICE = -1
+"""In `token_ids`: the input id is `last_token[slot]`, known only to the device."""
+
+NOT_FINITE = -1
+"""In `StepResult.tokens`: the logits of this row held NaN or infinity; no token was sampled."""
+
+
+class Finish(enum.IntEnum):
+    """Why a request ended; NONE while it goes on. Values are shared with csrc/."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    ABORT = 3
+    ERROR = 4
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """The largest step. `max_rows` is also the number of device slots; `max_blocks` the blocks of one request.
+
+    A plan never needs more table deltas than `max_deltas`: the control plane stops admitting before.
+    """
+
+    max_rows: int
+    max_tokens: int
+    max_blocks: int
+    block_size: int
+
+    @property
+    def max_deltas(self) -> int:
+        """One admission with a full table, plus what every row and every token of a step can add."""
+        return self.max_blocks + self.max_rows + -(-self.max_tokens // self.block_size)
+
+
+class PlanBuffers:
+    """The arrays of one step in one flat int32 buffer, so that a device needs one copy.
+
+    All arrays are views of `flat`, contiguous. `R` rows, `T` tokens, `D` deltas as in `BatchLimits`:
+
+    =============  ======  ==================================================================
+    row_slot       [R]     device slot of the request
+    row_new        [R]     tokens computed in this step (1 = decode); decode rows come first
+    row_computed   [R]     tokens already in the KV cache (the host's upper bound)
+    token_ids      [T]     input ids, row after row; `ON_DEVICE` = read `last_token[slot]`
+    table_delta    [D,3]   (slot, position in the block table, block)
+    sample_rows    [R]     rows that produce a token
+    bound          [R,2]   (slot, index in the bindings that travel with this step)
+    copies         [C,4]   (ticket, direction, from block, to block) of the second tier
+    released       [R]     slots whose device state may be cleared
+    =============  ======  ==================================================================
+
+    `bound_ids` [R] int64 is for the host only: the request id of each row of `bound`.
+    `allocate` gives zeroed host memory for n int32 values (a CUDA executor passes pinned memory).
+    """
+
+    MAX_COPIES = 256
+
+    def __init__(
+        self, limits: BatchLimits, allocate: Callable[[int], Int32Array] | None = None
+    ) -> None:
+        rows, tokens, deltas = limits.max_rows, limits.max_tokens, limits.max_deltas
+        shapes: list[tuple[str, tuple[int, ...]]] = [
+            ("row_slot", (rows,)),
+            ("row_new", (rows,)),
+            ("row_computed", (rows,)),
+            ("token_ids", (tokens,)),
+            ("table_delta", (deltas, 3)),
+            ("sample_rows", (rows,)),
+            ("bound", (rows, 2)),
+            ("copies", (self.MAX_COPIES, 4)),
+            ("released", (rows,)),
+        ]
+        total = sum(int(np.prod(shape)) for _, shape in shapes)
+        self.limits = limits
+        self.flat: Int32Array = np.zeros(total, dtype=np.int32) if allocate is None else allocate(total)
+        views: dict[str, Int32Array] = {}
+        start = 0
+        for name, shape in shapes:
+            size = int(np.prod(shape))
+            views[name] = self.flat[start : start + size].reshape(shape)
+            start += size
+        self.row_slot = views["row_slot"]
+        self.row_new = views["row_new"]
+        self.row_computed = views["row_computed"]
+        self.token_ids = views["token_ids"]
+        self.table_delta = views["table_delta"]
+        self.sample_rows = views["sample_rows"]
+        self.bound = views["bound"]
+        self.copies = views["copies"]
+        self.released = views["released"]
+        self.bound_ids: Int64Array = np.zeros(rows, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: how much of each array of `buffers` is filled. The first `num_decode` rows have row_new 1."""
+
+    step: int
+    buffers: PlanBuffers
+    num_rows: int
+    num_decode: int
+    num_tokens: int
+    num_deltas: int
+    num_samples: int
+    num_bound: int
+    num_copies: int
+    num_released: int
+
+    @property
+    def row_slot(self) -> Int32Array:
+        return self.buffers.row_slot[: self.num_rows]
+
+    @property
+    def row_new(self) -> Int32Array:
+        return self.buffers.row_new[: self.num_rows]
+
+    @property
+    def row_computed(self) -> Int32Array:
+        return self.buffers.row_computed[: self.num_rows]
+
+    @property
+    def token_ids(self) -> Int32Array:
+        return self.buffers.token_ids[: self.num_tokens]
+
+    @property
+    def table_delta(self) -> Int32Array:
+        return self.buffers.table_delta[: self.num_deltas]
+
+    @property
+    def sample_rows(self) -> Int32Array:
+        return self.buffers.sample_rows[: self.num_samples]
+
+    @property
+    def bound(self) -> Int32Array:
+        return self.buffers.bound[: self.num_bound]
+
+    @property
+    def bound_ids(self) -> Int64Array:
+        return self.buffers.bound_ids[: self.num_bound]
+
+    @property
+    def copies(self) -> Int32Array:
+        return self.buffers.copies[: self.num_copies]
+
+    @property
+    def released(self) -> Int32Array:
+        return self.buffers.released[: self.num_released]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of N positions: the token there, its rank (1 = most likely), the k best.
+
+    `token_ids` [N] int32, `logprobs` [N] float32, `ranks` [N] int32, `top_ids` [N,k] int32,
+    `top_logprobs` [N,k] float32. k is the largest any row of the step asked for.
+    """
+
+    token_ids: Int32Array
+    logprobs: npt.NDArray[np.float32]
+    ranks: Int32Array
+    top_ids: Int32Array
+    top_logprobs: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds that the device plane spent on one step: the model's forward, and the sampler."""
+
+    forward: float
+    sample: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the device gives back for one step.
+
+    `tokens` [S,K] int32 and `num_tokens` [S] int32 follow `sample_rows`; K = 1 without drafts.
+    `logprobs` follows `sample_rows` too, None when no row asked. `prompt_logprobs` maps a row of the
+    plan to the log-probabilities of its chunk: entry i scores known token `row_computed + i + 1`.
+    """
+
+    step: int
+    tokens: Int32Array
+    num_tokens: Int32Array
+    logprobs: Logprobs | None
+    prompt_logprobs: dict[int, Logprobs]
+    times: StepTimes
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What one commit tells the loop, one entry per request that gained a token or ended.
+
+    `request_ids` [N] int64; `sample_index` [N] int32, the entry's index in `sample_rows`, −1 if it
+    sampled nothing; `tokens` [N,K] and `num_tokens` [N] int32; `finish` [N] int32 of `Finish`;
+    `stop_ids` [N] int32, the stop token id that ended it, −1 if none.
+    """
+
+    request_ids: Int64Array
+    sample_index: Int32Array
+    tokens: Int32Array
+    num_tokens: Int32Array
+    finish: Int32Array
+    stop_ids: Int32Array

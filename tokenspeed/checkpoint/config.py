@@ -1,0 +1,231 @@
+"""What a checkpoint says about its model, read without torch and checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from reprlib import repr as _short
+from typing import Any
+
+import msgspec
+
+from tokenspeed.checkpoint.gguf_file import GGUFFile
+from tokenspeed.checkpoint.source import Source
+from tokenspeed.errors import CheckpointError
+
+MAX_JSON_BYTES = 64 << 20
+
+# Largest believable values: a corrupt number is refused before it sizes an allocation.
+SIZES = {
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+    "hidden_size": 1 << 20,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 14,
+}
+OPTIONAL_SIZES = {"num_key_value_heads": 1 << 14, "head_dim": 1 << 14, "intermediate_size": 1 << 22}
+
+
+# Sampling values that generation_config.json may recommend: least, most, and whether the least itself is allowed.
+GENERATION_RANGES = {
+    "temperature": (0.0, 100.0, True),
+    "top_p": (0.0, 1.0, False),
+    "top_k": (-1.0, 2.0**31, True),
+    "min_p": (0.0, 1.0, True),
+    "repetition_penalty": (0.0, 100.0, False),
+}
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The description of a model in Hugging Face's words, whatever file it came from.
+
+    `file` is named in errors; `hf` is config.json, or GGUF metadata put into its terms. `dtype` is what
+    the weights are stored in: float32, float16, bfloat16, or quantised. `generation_defaults` holds the
+    sampling values that the checkpoint recommends, under the names of `SamplingParams`.
+    """
+
+    file: str
+    architecture: str
+    hf: dict[str, Any]
+    vocab_size: int
+    max_position_embeddings: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    generation_defaults: dict[str, float]
+
+
+def read_model_config(source: Source) -> ModelConfig:
+    """Read and check the configuration of `source`. Raises `CheckpointError` naming file and field."""
+    return _read_gguf(source.path) if source.kind == "gguf" else _read_folder(source.path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size. Raises `CheckpointError` naming the file."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes is more than the {MAX_JSON_BYTES} that are read")
+        value = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def positive_int(fields: Mapping[str, Any], name: str, file: str, limit: int = 1 << 30) -> int:
+    """The field as an int from 1 to `limit`. Raises `CheckpointError` naming file and field."""
+    value = fields.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+        got = "it is missing" if value is None else f"got {_short(value)}"
+        raise CheckpointError(f"{file}: {name} must be an integer from 1 to {limit}, {got}")
+    return value
+
+
+def _read_folder(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    hf = read_json(path)
+    file = str(path)
+    architectures = hf.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise CheckpointError(f"{file}: architectures must name one architecture, got {_short(architectures)}")
+    if hf.get("quantization_config") is not None:
+        method = hf["quantization_config"]
+        kind = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(f"{file}: quantization_config: {_short(kind)} is not supported")
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    dtype = hf.get("dtype", hf.get("torch_dtype")) or "float32"
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise CheckpointError(f"{file}: dtype {_short(dtype)} is not supported")
+    return _checked(file, architectures[0], hf, dtype, generation, str(generation_path))
+
+
+def _checked(
+    file: str, architecture: str, hf: dict[str, Any], dtype: str, generation: dict[str, Any], generation_file: str
+) -> ModelConfig:
+    sizes = {name: positive_int(hf, name, file, limit) for name, limit in SIZES.items()}
+    for name, limit in OPTIONAL_SIZES.items():
+        if hf.get(name) is not None:
+            positive_int(hf, name, file, limit)
+    vocab_size = sizes["vocab_size"]
+    eos: dict[int, None] = {}
+    for fields, where in ((generation, generation_file), (hf, file)):
+        value = fields.get("eos_token_id")
+        for token_id in value if isinstance(value, list) else [] if value is None else [value]:
+            eos[_token_id(token_id, "eos_token_id", vocab_size, where)] = None
+    bos = generation.get("bos_token_id", hf.get("bos_token_id"))
+    return ModelConfig(
+        file=file,
+        architecture=architecture,
+        hf=hf,
+        vocab_size=vocab_size,
+        max_position_embeddings=sizes["max_position_embeddings"],
+        dtype=dtype,
+        eos_token_ids=tuple(eos),
+        bos_token_id=None if bos is None else _token_id(bos, "bos_token_id", vocab_size, file),
+        generation_defaults=_generation_defaults(generation, generation_file),
+    )
+
+
+def _token_id(value: object, name: str, vocab_size: int, file: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        raise CheckpointError(f"{file}: {name} must be in the vocabulary of {vocab_size}, got {_short(value)}")
+    return value
+
+
+def _generation_defaults(fields: Mapping[str, Any], file: str) -> dict[str, float]:
+    defaults: dict[str, float] = {}
+    for name, (low, high, closed) in GENERATION_RANGES.items():
+        value = fields.get(name)
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high or (value == low and not closed):
+            raise CheckpointError(
+                f"{file}: {name} must be a number {'from' if closed else 'above'} {low:g} to {high:g}, got {_short(value)}"
+            )
+        if name == "top_k" and value != int(value):
+            raise CheckpointError(f"{file}: top_k must be an integer, got {_short(value)}")
+        defaults[name] = value
+    return defaults
+
+
+# GGUF metadata key after the architecture's name → config.json's word.
+GGUF_FIELDS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+GGUF_SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+GGUF_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def _read_gguf(path: Path) -> ModelConfig:
+    file = str(path)
+    with GGUFFile(path) as gguf:
+        metadata = gguf.metadata
+        name = metadata.get("general.architecture")
+        if not isinstance(name, str) or name not in GGUF_ARCHITECTURES:
+            supported = ", ".join(GGUF_ARCHITECTURES)
+            raise CheckpointError(f"{file}: general.architecture {_short(name)} is not supported (supported: {supported})")
+        if metadata.get("split.count", 1) not in (0, 1):
+            raise CheckpointError(f"{file}: split.count: a GGUF split over several files is not supported")
+        if metadata.get(f"{name}.expert_count", 0) != 0:
+            raise CheckpointError(f"{file}: {name}.expert_count: mixtures of experts are not supported in GGUF")
+        hf = _gguf_fields(gguf, name, file)
+    end = [metadata[f"tokenizer.ggml.{key}"] for key in GGUF_END_TOKENS if f"tokenizer.ggml.{key}" in metadata]
+    generation = {word: metadata[key] for key, word in GGUF_SAMPLING.items() if key in metadata}
+    return _checked(
+        file,
+        GGUF_ARCHITECTURES[name],
+        hf,
+        "quantised",
+        {**generation, "eos_token_id": end, "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id")},
+        file,
+    )
+
+
+def _gguf_fields(gguf: GGUFFile, name: str, file: str) -> dict[str, Any]:
+    metadata = gguf.metadata
+    hf: dict[str, Any] = {"architectures": [GGUF_ARCHITECTURES[name]], "model_type": name}
+    for key, word in GGUF_FIELDS.items():
+        if (value := metadata.get(f"{name}.{key}")) is not None:
+            hf[word] = value
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    hf["vocab_size"] = metadata.get(f"{name}.vocab_size", len(tokens) if isinstance(tokens, list) else None)
+    hf["tie_word_embeddings"] = "output.weight" not in gguf.tensors
+    hf["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
+    hf["mlp_bias"] = "blk.0.ffn_gate.bias" in gguf.tensors
+    heads, hidden = hf.get("num_attention_heads"), hf.get("hidden_size")
+    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        rotated = metadata.get(f"{name}.rope.dimension_count", hf.get("head_dim", hidden // heads))
+        if rotated != hf.get("head_dim", hidden // heads):
+            raise CheckpointError(f"{file}: {name}.rope.dimension_count: rotating part of a head is not supported")
+    value_length = metadata.get(f"{name}.attention.value_length", hf.get("head_dim"))
+    if value_length != hf.get("head_dim"):
+        raise CheckpointError(f"{file}: {name}.attention.value_length: differs from key_length")
+    scaling = metadata.get(f"{name}.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise CheckpointError(f"{file}: {name}.rope.scaling.type {_short(scaling)} is not supported (none, linear)")
+    if scaling == "linear":
+        hf["rope_scaling"] = {"rope_type": "linear", "factor": metadata.get(f"{name}.rope.scaling.factor")}
+    if "rope_freqs.weight" in gguf.tensors:
+        hf["rope_scaling"] = {"rope_type": "divisors", "divisors": gguf.dequantised("rope_freqs.weight").tolist()}
+    return hf

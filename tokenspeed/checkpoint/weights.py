@@ -1,0 +1,192 @@
+"""Weights from a checkpoint into a model: what is there is compared with what is needed before a byte is read."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tokenspeed.checkpoint.config import ModelConfig, read_model_config
+from tokenspeed.checkpoint.gguf_file import GGUFFile
+from tokenspeed.checkpoint.safetensors_folder import read_headers
+from tokenspeed.checkpoint.source import Source
+from tokenspeed.errors import CheckpointError
+from tokenspeed.kernels.platform import Platform
+from tokenspeed.layers.module import Piece, Weight
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes in all) after each tensor."""
+
+SHOWN = 4
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Loadable(Protocol):
+    """What the loader needs of a model: its weights, and the tensors that it does without."""
+
+    ignored: re.Pattern[str]
+
+    def weights(self) -> Iterable[Weight]: ...
+
+
+class WeightReader(Protocol):
+    """The tensors of one checkpoint under Hugging Face's names."""
+
+    shapes: dict[str, tuple[int, ...]]
+    num_bytes: dict[str, int]
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        """Copy the tensor into `target`, which has its shape and any float dtype."""
+
+    def close(self) -> None: ...
+
+
+def open_weights(source: Source) -> WeightReader:
+    """Open a checkpoint's tensors. Raises `CheckpointError` naming the file and field that is broken."""
+    return _GGUFWeights(source) if source.kind == "gguf" else _FolderWeights(source.path)
+
+
+def iterate_weights(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, float32 tensor) of every tensor, under Hugging Face's names, one at a time."""
+    with contextlib.closing(open_weights(source)) as reader:
+        for name, shape in reader.shapes.items():
+            tensor = torch.empty(shape, dtype=torch.float32)
+            reader.read_into(name, tensor)
+            yield name, tensor
+
+
+def load_weights(model: Loadable, source: Source, progress: Progress | None = None) -> None:
+    """Fill every parameter of `model` from `source`.
+
+    Raises `CheckpointError` in one line naming the missing, extra or misshapen tensors, before reading any.
+    """
+    wanted = {piece.source: (weight, piece) for weight in model.weights() for piece in weight.pieces}
+    with contextlib.closing(open_weights(source)) as reader:
+        _compare(wanted, reader, model.ignored, source.path)
+        total, done = sum(reader.num_bytes[name] for name in wanted), 0
+        for name in (name for name in reader.shapes if name in wanted):
+            weight, piece = wanted[name]
+            reader.read_into(name, weight.parameter.data[piece.at])
+            done += reader.num_bytes[name]
+            if progress is not None:
+                progress(done, total)
+
+
+def default_dtype(config: ModelConfig, platform: Platform) -> torch.dtype:
+    """The dtype to compute in when none is asked for.
+
+    A float32 checkpoint stays float32. Anything else runs in bfloat16, except on a CPU that has no
+    instructions for it: there float32 is faster, because every product would be converted first.
+    """
+    slow = platform.vendor == "cpu" and platform.isa.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.float32 if config.dtype == "float32" or slow else torch.bfloat16
+
+
+def _compare(
+    wanted: dict[str, tuple[Weight, Piece]], reader: WeightReader, ignored: re.Pattern[str], path: Path
+) -> None:
+    shapes = reader.shapes
+    missing = [name for name in wanted if name not in shapes]
+    extra = [name for name in shapes if name not in wanted and ignored.fullmatch(name) is None]
+    misshapen = [
+        f"{name} is {list(shapes[name])}, must be {list(weight.parameter[piece.at].shape)}"
+        for name, (weight, piece) in wanted.items()
+        if name in shapes and shapes[name] != tuple(weight.parameter[piece.at].shape)
+    ]
+    faults = (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+    parts = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults if names]
+    if parts:
+        raise CheckpointError(f"{path}: tensors do not fit the configuration: {'; '.join(parts)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+class _FolderWeights:
+    def __init__(self, folder: Path) -> None:
+        self._tensors = read_headers(folder)
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.num_bytes = {name: tensor.num_bytes for name, tensor in self._tensors.items()}
+        self._open_file: Path | None = None
+        self._handle: safe_open | None = None
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        tensor = self._tensors[name]
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{tensor.file}: tensor {name}: dtype {tensor.dtype} is no float that is supported")
+        try:
+            if self._handle is None or self._open_file != tensor.file:
+                self._handle = safe_open(tensor.file, framework="pt")
+                self._open_file = tensor.file
+            target.copy_(self._handle.get_tensor(name))  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{tensor.file}: tensor {name}: {error}") from error
+
+    def close(self) -> None:
+        self._handle = None
+
+
+# GGUF's name → Hugging Face's, for the llama architecture.
+GGUF_TOP = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+GGUF_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GGUF_BLOCK_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+GGUF_CONFIG_TENSORS = {"rope_freqs.weight"}
+
+
+class _GGUFWeights:
+    """A llama GGUF. Its q and k rows are stored with the two halves of each rotated head interleaved."""
+
+    def __init__(self, source: Source) -> None:
+        config = read_model_config(source)
+        heads = config.hf["num_attention_heads"]
+        self._heads = {"q_proj": heads, "k_proj": config.hf.get("num_key_value_heads", heads)}
+        self._gguf = GGUFFile(source.path)
+        stored = [name for name in self._gguf.tensors if name not in GGUF_CONFIG_TENSORS]
+        self._stored = {_hugging_face_name(name): name for name in stored}
+        self.shapes = {name: self._gguf.tensors[stored].shape for name, stored in self._stored.items()}
+        self.num_bytes = {name: self._gguf.tensors[stored].num_bytes for name, stored in self._stored.items()}
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        heads = self._heads.get(name.split(".")[-2])
+        if heads is not None:
+            # Stored row (head, i, half) is our row (head, half, i): rotation pairs x[i] with x[i + D/2].
+            target = target.view(heads, 2, -1, *target.shape[1:]).transpose(1, 2)
+            values = torch.from_numpy(self._gguf.dequantised(self._stored[name]))
+            target.copy_(values.view(target.shape))
+            return
+        for start, rows in self._gguf.dequantised_rows(self._stored[name]):
+            target[start : start + rows.shape[0]].copy_(torch.from_numpy(rows))
+
+    def close(self) -> None:
+        self._gguf.close()
+
+
+def _hugging_face_name(name: str) -> str:
+    """The Hugging Face name of a GGUF tensor; its own name, which fits no model, if it is unknown."""
+    stem, _, kind = name.rpartition(".")
+    if stem in GGUF_TOP:
+        return f"{GGUF_TOP[stem]}.{kind}"
+    match = GGUF_BLOCK_NAME.fullmatch(name)
+    if match is None or match[2] not in GGUF_BLOCK:
+        return name
+    return f"model.layers.{match[1]}.{GGUF_BLOCK[match[2]]}.{match[3]}"

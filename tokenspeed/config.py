@@ -1,0 +1,65 @@
+"""The engine's configuration: frozen, checked once, and never carried down whole.
+
+A component receives the values that it needs; only the entry points and the engine read `EngineConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tokenspeed.errors import ConfigError
+
+LoadFormat = Literal["auto", "safetensors", "gguf"]
+DType = Literal["auto", "float32", "bfloat16"]
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides how an engine is built.
+
+    `model` is a folder, a .gguf file or a Hugging Face hub name; None is the embedded demonstration
+    model. `max_model_len` None is the checkpoint's own. `kv_cache_bytes` None sizes the cache from the
+    memory that is free. `overlap` is the number of steps in flight while the next is planned (0 or 1).
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    dtype: DType = "auto"
+    load_format: LoadFormat = "auto"
+    max_model_len: int | None = None
+    block_size: int = 64
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_queued_requests: int = 1024
+    enable_prefix_caching: bool = True
+    kv_cache_bytes: int | None = None
+    overlap: int = 1
+    num_threads: int | None = None
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Raise `ConfigError` naming the first flag that is out of range."""
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError(f"--block-size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        positive: tuple[tuple[str, int | None], ...] = (
+            ("--max-model-len", self.max_model_len),
+            ("--max-num-seqs", self.max_num_seqs),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens),
+            ("--max-queued-requests", self.max_queued_requests),
+            ("--kv-cache-memory", self.kv_cache_bytes),
+            ("--num-threads", self.num_threads),
+        )
+        for flag, value in positive:
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} must be at least 1, got {value}")
+        if self.overlap not in (0, 1):
+            raise ConfigError(f"--overlap must be 0 or 1, got {self.overlap}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
+                f"--max-num-seqs ({self.max_num_seqs}): every decoding request needs one token a step"
+            )

@@ -1,0 +1,150 @@
+"""How the front end reaches its engine: a child process over a private socket, or the same event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine.messages import Failed, FromEngine, Shutdown, Start, ToEngine
+from tokenspeed.engine.transport import Channel
+
+log = logging.getLogger(__name__)
+
+EXIT_SECONDS = 10.0
+"""How long a child may take to end after `Shutdown` before it is killed."""
+
+Receive = Callable[[FromEngine], None]
+
+
+class EngineLink(Protocol):
+    """One engine. `receive` gets every message from it, on the event loop, `Failed` at most once and last."""
+
+    async def start(self, config: EngineConfig, receive: Receive) -> None:
+        """Begin loading; returns before the engine is ready."""
+
+    def send(self, message: ToEngine) -> None:
+        """Never blocks; what is sent to an engine that is over is dropped."""
+
+    async def stop(self) -> None:
+        """End the engine and wait for it."""
+
+
+class ProcessLink:
+    """The engine as a child process. A `Failed` is made up when the child dies without a word."""
+
+    def __init__(self, *, log_level: str = "info", log_format: str = "text") -> None:
+        self._log = (log_level, log_format)
+        self._channel: Channel[FromEngine] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def start(self, config: EngineConfig, receive: Receive) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))  # mode 0700
+        connected: asyncio.Future[Channel[FromEngine]] = asyncio.get_running_loop().create_future()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if connected.done():
+                writer.close()
+            else:
+                connected.set_result(Channel(reader, writer, FromEngine))
+
+        path = str(folder / "engine.sock")
+        try:
+            server = await asyncio.start_unix_server(accept, path)
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "tokenspeed.engine.process", path, *self._log,
+                stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            exited = asyncio.create_task(self._process.wait())
+            await asyncio.wait({connected, exited}, return_when=asyncio.FIRST_COMPLETED)
+            server.close()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not connected.done():
+            receive(Failed(f"the engine process ended at once with status {exited.result()}", config=False))
+            return
+        exited.cancel()
+        self._channel = connected.result()
+        self._channel.send(Start(config))
+        self._reader = asyncio.create_task(self._read(self._channel, receive))
+
+    async def _read(self, channel: Channel[FromEngine], receive: Receive) -> None:
+        failed = False
+        try:
+            while True:
+                message = await channel.receive()
+                failed = failed or isinstance(message, Failed)
+                receive(message)
+        except (EOFError, ValueError) as error:
+            if not failed and not self._stopping:
+                receive(Failed(f"the engine process is gone ({error}; {await self._status()})", config=False))
+
+    async def _status(self) -> str:
+        assert self._process is not None
+        try:
+            code = await asyncio.wait_for(self._process.wait(), 1.0)
+        except TimeoutError:
+            return "still running"
+        return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+
+    def send(self, message: ToEngine) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, None before `start`."""
+        return None if self._process is None else self._process.pid
+
+    async def stop(self) -> None:
+        self._stopping = True
+        if self._process is None:
+            return
+        self.send(Shutdown())
+        try:
+            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
+        except TimeoutError:
+            log.warning("the engine process did not end within %.0f s and is killed", EXIT_SECONDS)
+            self._process.kill()
+            await self._process.wait()
+        if self._reader is not None:
+            await asyncio.gather(self._reader, return_exceptions=True)
+        if self._channel is not None:
+            self._channel.close()
+
+
+class InProcessLink:
+    """The engine on the caller's event loop: tests, notebooks, debuggers. Imports torch into this process."""
+
+    def __init__(self) -> None:
+        self._service: object = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, config: EngineConfig, receive: Receive) -> None:
+        from tokenspeed.engine.service import EngineService  # noqa: PLC0415
+
+        service = EngineService(config, receive)
+        self._service = service
+        self._send = service.handle
+        self._close = service.close
+        self._task = asyncio.create_task(service.start())
+        # A failed start was told through `receive`; nobody awaits this task.
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def send(self, message: ToEngine) -> None:
+        self._send(message)
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+            await self._close()
+
+

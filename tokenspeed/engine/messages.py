@@ -1,0 +1,134 @@
+"""What the front end and the engine process say to each other: msgspec structs in msgpack frames.
+
+Front end → engine: `Start`, `Submit`, `Abort`, `FinishAt`, `Shutdown`.
+Engine → front end: `Loading`, `Ready`, `Failed`, `Accepted`, `Refused`, `Tokens`, `Heartbeat`.
+An engine inside the caller's process exchanges the same objects without encoding them.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.request import SamplingParams, TokenLogprob
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of the engine: requests and blocks as they are now, the rest since the start.
+
+    `draining` requests have ended, but a step in flight may still touch their memory.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    draining: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    num_steps: int = 0
+
+
+class Start(msgspec.Struct, tag="start", frozen=True):
+    """The first frame: build an engine like this."""
+
+    config: EngineConfig
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
+    """One choice of one request. `prompt` is little-endian int32; `seed` is already resolved."""
+
+    id: int
+    prompt: bytes
+    params: SamplingParams
+    seed: int
+    salt: bytes = b""
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True):
+    """Nobody reads this choice any more. Unknown and finished ids are fine."""
+
+    id: int
+
+
+class FinishAt(msgspec.Struct, tag="finish", frozen=True):
+    """A stop string ended this choice after `num_tokens` generated tokens."""
+
+    id: int
+    num_tokens: int
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
+    """End the engine process; whatever still runs is dropped."""
+
+
+class Loading(msgspec.Struct, tag="loading", frozen=True):
+    """Progress of the start: bytes done and in all of one stage."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
+    """The engine serves. `summary` is one line about memory and backends for the log."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    summary: str
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """The engine is over. `config` tells a start that cannot work as asked from a failure while serving."""
+
+    error: str
+    config: bool
+
+
+class Accepted(msgspec.Struct, tag="accepted", frozen=True):
+    """The choice is queued."""
+
+    id: int
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True, kw_only=True):
+    """The choice was not queued. `reason` is the name of a `Refusal`; `retry_after` in whole seconds."""
+
+    id: int
+    reason: str
+    retry_after: int = 1
+
+
+class ChoiceTokens(msgspec.Struct, array_like=True, frozen=True):
+    """What one choice gained in one step. `finish` is a value of `batch.Finish`, `stop_id` −1 if none."""
+
+    id: int
+    token_ids: list[int]
+    finish: int = 0
+    stop_id: int = -1
+    cached: int = 0
+    queue_seconds: float = 0.0
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+class Tokens(msgspec.Struct, tag="tokens", frozen=True):
+    """Everything that one step gave, in one frame."""
+
+    choices: list[ChoiceTokens]
+    stats: EngineStats
+
+
+class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
+    """The engine's event loop runs. Sent on a timer, also while loading (stats None) and in a long step."""
+
+    stats: EngineStats | None
+
+
+ToEngine = Start | Submit | Abort | FinishAt | Shutdown
+FromEngine = Loading | Ready | Failed | Accepted | Refused | Tokens | Heartbeat

@@ -1,0 +1,263 @@
+"""The step loop: plan, launch, await the step before, commit, publish. This is the whole engine.
+
+Inputs (submit, abort, finish) arrive on the same event loop while a step computes, so they always fall
+between two calls of the control plane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tokenspeed._core import Refusal
+from tokenspeed._core.scheduler import Scheduler
+from tokenspeed.batch import Finish, Int32Array, Logprobs, Outputs, Plan, StepResult
+from tokenspeed.engine.messages import ChoiceTokens, EngineStats, Submit
+from tokenspeed.engine.step_timer import StepTimer
+from tokenspeed.errors import InvariantBroken
+from tokenspeed.executor.interface import Binding, Executor, Flight
+from tokenspeed.request import SamplingParams, TokenLogprob
+
+log = logging.getLogger(__name__)
+
+Publish = Callable[[list[ChoiceTokens]], None]
+
+
+@dataclass(slots=True)
+class Known:
+    """What the loop keeps of an admitted choice for its (re)binding and its outputs."""
+
+    params: SamplingParams
+    seed: int
+    stop_ids: Int32Array
+    prompt_len: int
+    arrived: float
+    queue_seconds: float | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    started: bool = False
+    slot: int = field(default=-1)
+
+
+class StepLoop:
+    """Drives one control plane and one executor. `overlap` is how many steps may be in flight while planning.
+
+    `publish` is called once a step with everything that the step gave. `debug` recounts the control
+    plane's state after every commit and stops the engine at the first inconsistency.
+    """
+
+    def __init__(
+        self,
+        core: Scheduler,
+        executor: Executor,
+        *,
+        overlap: int,
+        eos_token_ids: tuple[int, ...],
+        publish: Publish,
+        debug: bool = False,
+    ) -> None:
+        self._core = core
+        self._executor = executor
+        self._overlap = overlap
+        self._eos = eos_token_ids
+        self._publish_to = publish
+        self._debug = debug
+        self._buffers = [executor.new_buffers() for _ in range(overlap + 1)]
+        self._known: dict[int, Known] = {}
+        self._slots: dict[int, int] = {}
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._steps = 0
+        self._finished: deque[float] = deque(maxlen=64)
+        self.timer = StepTimer()
+
+    # Inputs ------------------------------------------------------------------------------------
+
+    def submit(self, request: Submit) -> Refusal | None:
+        """Queue one choice, or say why not. Takes effect at the next plan."""
+        params = request.params
+        prompt = np.frombuffer(request.prompt, dtype=np.int32)
+        eos = () if params.ignore_eos else self._eos
+        stop_ids = np.array(sorted({*eos, *params.stop_token_ids}), dtype=np.int32)
+        refusal = self._core.submit(
+            request.id,
+            prompt,
+            max_tokens=params.max_tokens,
+            min_tokens=params.min_tokens,
+            stop_ids=stop_ids,
+            salt=request.salt,
+            priority=request.priority,
+            reuse_prefix=params.prompt_logprobs is None,
+        )
+        if refusal is not None:
+            return refusal
+        self._known[request.id] = Known(params, request.seed, stop_ids, len(prompt), time.monotonic())
+        self._wake.set()
+        return None
+
+    def abort(self, request_id: int) -> None:
+        """End a choice that nobody reads. Its slot and blocks come back when its last step lands."""
+        self._core.abort(request_id)
+        self._known.pop(request_id, None)
+        self._wake.set()
+
+    def finish(self, request_id: int, num_tokens: int) -> None:
+        """End a choice at a stop string after `num_tokens` generated tokens."""
+        self._core.finish(request_id, num_tokens)
+        self._known.pop(request_id, None)
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Let `run` return after the steps in flight."""
+        self._stopping = True
+        self._wake.set()
+
+    # The loop ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until `stop`. Whatever a step raises ends the loop and is raised here."""
+        flights: deque[tuple[Plan, Flight]] = deque()
+        turn = 0
+        while True:
+            plan = None if self._stopping else self._plan(turn)
+            if plan is not None:
+                flights.append((plan, self._executor.launch(plan, self._bindings(plan))))
+                turn = (turn + 1) % len(self._buffers)
+            if len(flights) > self._overlap or (plan is None and flights):
+                launched, flight = flights.popleft()
+                self._land(launched, await flight.tokens(), more=bool(flights))
+            elif plan is None:
+                if self._stopping:
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+
+    def _plan(self, turn: int) -> Plan | None:
+        start = time.perf_counter()
+        plan = self._core.plan(time.monotonic(), self._buffers[turn])
+        now = time.perf_counter()
+        self.timer.plan += now - start
+        if plan is not None:
+            self.timer.launched(start)
+        return plan
+
+    def _bindings(self, plan: Plan) -> list[Binding]:
+        """The sampling state of each newly bound slot, with every token known at this moment."""
+        bindings = []
+        for slot, request_id in zip(plan.bound[:, 0].tolist(), plan.bound_ids.tolist(), strict=True):
+            known = self._known[request_id]
+            if known.queue_seconds is None:
+                known.queue_seconds = time.monotonic() - known.arrived
+            tokens, prompt_len = self._core.tokens_of(request_id)
+            self._slots[slot] = request_id
+            bindings.append(Binding(known.params, tokens, prompt_len, known.seed, known.stop_ids))
+        return bindings
+
+    def _land(self, plan: Plan, result: StepResult, *, more: bool) -> None:
+        start = time.perf_counter()
+        self._collect_prompt_logprobs(plan, result)
+        outputs = self._core.commit(result.step, result.tokens, result.num_tokens)
+        committed = time.perf_counter()
+        if self._debug and (violation := self._core.check()) is not None:
+            raise InvariantBroken(violation)
+        self._steps += 1
+        choices = self._choices(result, outputs)
+        if choices:
+            self._publish_to(choices)
+        done = time.perf_counter()
+        self.timer.commit += committed - start
+        self.timer.publish += done - committed
+        self.timer.landed(done, plan.num_rows, result.times, more=more)
+
+    # Outputs -----------------------------------------------------------------------------------
+
+    def _choices(self, result: StepResult, outputs: Outputs) -> list[ChoiceTokens]:
+        choices = []
+        entries = zip(
+            outputs.request_ids.tolist(),
+            outputs.sample_index.tolist(),
+            outputs.tokens.tolist(),
+            outputs.num_tokens.tolist(),
+            outputs.finish.tolist(),
+            outputs.stop_ids.tolist(),
+            strict=True,
+        )
+        for request_id, index, tokens, count, finish, stop_id in entries:
+            known = self._known.get(request_id)
+            if known is None:
+                continue
+            logprobs = None
+            if result.logprobs is not None and known.params.logprobs is not None and count:
+                logprobs = [_entry(result.logprobs, index, known.params.logprobs)]
+            first = not known.started
+            known.started = True
+            choices.append(
+                ChoiceTokens(
+                    request_id,
+                    tokens[:count],
+                    finish,
+                    stop_id,
+                    self._core.cached_tokens(request_id) if first else 0,
+                    (known.queue_seconds or 0.0) if first else 0.0,
+                    logprobs,
+                    known.prompt_logprobs if first else None,
+                )
+            )
+            if finish != Finish.NONE:
+                del self._known[request_id]
+                self._finished.append(time.monotonic())
+        return choices
+
+    def _collect_prompt_logprobs(self, plan: Plan, result: StepResult) -> None:
+        """Append the scores of a chunk; a chunk recomputed after a preemption adds nothing."""
+        for row, scores in result.prompt_logprobs.items():
+            known = self._known.get(self._slots[int(plan.row_slot[row])])
+            if known is None or known.params.prompt_logprobs is None:
+                continue
+            if known.prompt_logprobs is None:
+                known.prompt_logprobs = [None]
+            first = int(plan.row_computed[row]) + 1
+            for index in range(len(scores.token_ids)):
+                if first + index == len(known.prompt_logprobs) < known.prompt_len:
+                    known.prompt_logprobs.append(_entry(scores, index, known.params.prompt_logprobs))
+
+    # Facts -------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Counters of now."""
+        core = self._core.stats()
+        return EngineStats(
+            running=core.running,
+            waiting=core.waiting,
+            draining=core.draining,
+            blocks_total=core.blocks_free + core.blocks_cached + core.blocks_used,
+            blocks_used=core.blocks_used,
+            blocks_cached=core.blocks_cached,
+            num_preemptions=core.preemptions,
+            prompt_tokens=core.prompt_tokens,
+            cached_tokens=core.cached_prompt_tokens,
+            generation_tokens=core.generated_tokens,
+            num_steps=self._steps,
+        )
+
+    def retry_after(self) -> int:
+        """Whole seconds until the queue has probably moved: waiting requests over the recent rate of finishes."""
+        if len(self._finished) < 2:
+            return 1
+        rate = (len(self._finished) - 1) / max(time.monotonic() - self._finished[0], 1e-3)
+        return max(1, min(60, round(self._core.stats().waiting / rate)))
+
+
+def _entry(scores: Logprobs, index: int, top: int) -> TokenLogprob:
+    return TokenLogprob(
+        int(scores.token_ids[index]),
+        float(scores.logprobs[index]),
+        int(scores.ranks[index]),
+        tuple(scores.top_ids[index, :top].tolist()),
+        tuple(scores.top_logprobs[index, :top].tolist()),
+    )

@@ -1,0 +1,174 @@
+"""One request on its way out: tokens come in a step at a time, deltas go to whoever iterates."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from tokenspeed.batch import Finish
+from tokenspeed.engine.messages import ChoiceTokens
+from tokenspeed.errors import RequestError
+from tokenspeed.request import FinishReason, RequestOutput, SamplingParams
+from tokenspeed.text.stopping import OutputText
+from tokenspeed.text.tokenizer import Tokenizer
+
+_REASONS: dict[int, FinishReason] = {
+    Finish.STOP: "stop",
+    Finish.LENGTH: "length",
+    Finish.ABORT: "abort",
+    Finish.ERROR: "error",
+}
+NOT_FINITE_ERROR = "the model produced values that are not finite; this request was ended"
+
+
+class Choice:
+    """The state of one of a request's `n` continuations in the front end."""
+
+    def __init__(self, id: int, index: int, text: OutputText, eos: frozenset[int]) -> None:
+        self.id = id
+        self.index = index
+        self.text = text
+        self.eos = eos
+        self.num_tokens = 0
+        self.done = False
+
+
+class Stream(AsyncIterator[RequestOutput]):
+    """The outputs of one admitted request; iterate once. Leaving early, or cancelling, aborts it.
+
+    `on_end` is told once, when nothing more will come; `abort_choice` and `finish_choice` reach the
+    engine. Deltas of different choices are interleaved and tell themselves apart by `index`.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        choices: list[Choice],
+        *,
+        abort_choice: Callable[[int], None],
+        finish_choice: Callable[[int, int], None],
+        on_end: Callable[[Stream], None],
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.choices = choices
+        self.queue_seconds: float | None = None
+        self._abort_choice = abort_choice
+        self._finish_choice = finish_choice
+        self._on_end = on_end
+        self._open = len(choices)
+        self._cached = 0
+        self._pending: deque[RequestOutput] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: RequestError | None = None
+
+    # From the engine -------------------------------------------------------------------------------
+
+    def feed(self, choice: Choice, gained: ChoiceTokens) -> None:
+        """Turn what one choice gained into a delta. Called once a step and choice."""
+        if choice.done:
+            return
+        if self.queue_seconds is None:
+            self.queue_seconds = gained.queue_seconds
+        self._cached = max(self._cached, gained.cached)
+        reason = _REASONS.get(gained.finish)
+        delta = choice.text.feed(gained.token_ids, reason is not None)
+        kept = len(gained.token_ids)
+        stop_reason: int | str | None = None
+        if delta.stop is not None:
+            kept = delta.num_tokens - choice.num_tokens
+            stop_reason = delta.stop
+            if reason is None:
+                self._finish_choice(choice.id, delta.num_tokens)
+            reason = "stop"
+        elif gained.stop_id >= 0 and gained.stop_id not in choice.eos:
+            stop_reason = gained.stop_id
+        choice.num_tokens += kept
+        self._push(
+            RequestOutput(
+                request_id=self.request_id,
+                index=choice.index,
+                text=delta.text,
+                token_ids=gained.token_ids[:kept],
+                logprobs=None if gained.logprobs is None else gained.logprobs[:kept],
+                prompt_logprobs=gained.prompt_logprobs,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+                error=NOT_FINITE_ERROR if reason == "error" else None,
+                num_prompt_tokens=len(self.prompt_token_ids),
+                num_cached_tokens=self._cached,
+                num_output_tokens=choice.num_tokens,
+            )
+        )
+        if reason is not None:
+            self._end_choice(choice)
+
+    def fail(self, error: RequestError) -> None:
+        """The engine is over: deltas already here are still delivered, then the iterator raises."""
+        self._error = error
+        for choice in self.choices:
+            if not choice.done:
+                self._end_choice(choice)
+        self._notify()
+
+    def _push(self, output: RequestOutput) -> None:
+        self._pending.append(output)
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _end_choice(self, choice: Choice) -> None:
+        choice.done = True
+        self._open -= 1
+        if self._open == 0:
+            self._on_end(self)
+
+    # To the caller ---------------------------------------------------------------------------------
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self._open == 0:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                await self.abort()
+                raise
+        return self._pending.popleft()
+
+    async def abort(self) -> None:
+        """End every choice that still runs; each gets a last output with reason abort. Idempotent."""
+        for choice in self.choices:
+            if not choice.done:
+                self._abort_choice(choice.id)
+                self._push(
+                    RequestOutput(
+                        request_id=self.request_id,
+                        index=choice.index,
+                        finish_reason="abort",
+                        num_prompt_tokens=len(self.prompt_token_ids),
+                        num_cached_tokens=self._cached,
+                        num_output_tokens=choice.num_tokens,
+                    )
+                )
+                self._end_choice(choice)
+
+    async def aclose(self) -> None:
+        """The caller is done with this stream: abort what runs and drop what was not read."""
+        await self.abort()
+        self._pending.clear()
+
+
+def new_choice(id: int, index: int, tokenizer: Tokenizer, params: SamplingParams, eos: frozenset[int]) -> Choice:
+    """A choice with its own detokenizer and stop-string matcher."""
+    return Choice(id, index, OutputText(tokenizer, params), eos)

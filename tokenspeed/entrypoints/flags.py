@@ -1,0 +1,227 @@
+"""The command line: one table of flags, read from arguments and from a --config file alike.
+
+A flag exists only when it works. Arguments win over the file, the file over the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+import msgspec
+import yaml  # type: ignore[import-untyped]
+
+from tokenspeed import __version__
+from tokenspeed.config import BLOCK_SIZES, DType, EngineConfig, LoadFormat
+from tokenspeed.errors import ConfigError
+
+ENV_API_KEY = "TOKENSPEED_API_KEY"
+ENV_ADMIN_API_KEY = "TOKENSPEED_ADMIN_API_KEY"
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
+
+
+class Size:
+    """A number of bytes: an integer, or text such as 512MiB, 2GiB, 1.5GB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """`field` of `EngineConfig` (when `engine`) or of `ServerConfig` gets the value. A list type takes several."""
+
+    name: str
+    field: str
+    type: Any
+    help: str
+    engine: bool = False
+
+
+FLAGS = (
+    Flag(
+        "--model", "model", str, "folder, .gguf file or Hugging Face hub name; default: the demonstration model", True
+    ),
+    Flag("--tokenizer", "tokenizer", str, "folder or file with the tokenizer, if not the model's own", True),
+    Flag("--chat-template", "chat_template", str, "file with a Jinja chat template, if not the model's own", True),
+    Flag("--dtype", "dtype", DType, "type of weights and activations", True),
+    Flag("--load-format", "load_format", LoadFormat, "how the checkpoint is stored", True),
+    Flag("--max-model-len", "max_model_len", int, "context in tokens; default: the checkpoint's", True),
+    Flag("--block-size", "block_size", int, f"tokens in a KV block: {', '.join(map(str, BLOCK_SIZES))}", True),
+    Flag("--max-num-seqs", "max_num_seqs", int, "requests that run at once", True),
+    Flag("--max-num-batched-tokens", "max_num_batched_tokens", int, "tokens in a step", True),
+    Flag("--max-queued-requests", "max_queued_requests", int, "requests that may wait; more get 429", True),
+    Flag("--enable-prefix-caching", "enable_prefix_caching", bool, "reuse the KV blocks of equal prefixes", True),
+    Flag(
+        "--kv-cache-memory", "kv_cache_bytes", Size, "bytes for the KV cache, or like 2GiB; default: what is free", True
+    ),
+    Flag("--overlap", "overlap", int, "steps in flight while the next is planned: 0 or 1", True),
+    Flag("--num-threads", "num_threads", int, "CPU threads of the model", True),
+    Flag("--seed", "seed", int, "makes requests without a seed of their own reproducible", True),
+    Flag("--served-model-name", "served_names", list[str], "names that requests may use; default: the model's"),
+    Flag("--host", "host", str, "address to listen on"),
+    Flag("--port", "port", int, "port to listen on; 0 takes a free one"),
+    Flag("--uds", "uds", str, "listen on this Unix socket instead"),
+    Flag("--api-key", "api_keys", list[str], f"keys that clients must send; or set {ENV_API_KEY}"),
+    Flag("--admin-api-key", "admin_api_keys", list[str], f"keys for admin routes; or set {ENV_ADMIN_API_KEY}"),
+    Flag(
+        "--allowed-origins", "allowed_origins", list[str], "origins whose pages may call this server (CORS); * is any"
+    ),
+    Flag("--ssl-keyfile", "ssl_keyfile", str, "private key for TLS"),
+    Flag("--ssl-certfile", "ssl_certfile", str, "certificate chain for TLS"),
+    Flag("--insecure", "insecure", bool, "allow a public --host without --api-key"),
+    Flag("--log-level", "log_level", LogLevel, "what is logged"),
+    Flag("--log-format", "log_format", LogFormat, "lines for people or for machines"),
+    Flag("--in-process", "in_process", bool, "run the engine inside this process, for debuggers"),
+    Flag("--shutdown-grace", "shutdown_grace", float, "seconds that running requests get after SIGTERM"),
+    Flag("--trust-remote-code", "trust_remote_code", bool, "not supported: code from checkpoints never runs"),
+)
+"""Every flag. `--no-NAME` exists for booleans."""
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that decides how the server runs, resolved and checked."""
+
+    engine: EngineConfig
+    served_names: list[str] = []
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    api_keys: list[str] = []
+    admin_api_keys: list[str] = []
+    allowed_origins: list[str] = []
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    insecure: bool = False
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
+    in_process: bool = False
+    shutdown_grace: float = 30.0
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Raise `ConfigError` naming the first flag that cannot work."""
+        self.engine.check()
+        if self.trust_remote_code:
+            raise ConfigError("--trust-remote-code is not supported: code from checkpoints never runs here")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must be between 0 and 65535, got {self.port}")
+        if not 0 <= self.shutdown_grace <= 86400:
+            raise ConfigError(f"--shutdown-grace must be between 0 and 86400 seconds, got {self.shutdown_grace:g}")
+        for flag, keys in (("--api-key", self.api_keys), ("--admin-api-key", self.admin_api_keys)):
+            if any(not re.fullmatch(r"[!-~]+", key) for key in keys):
+                raise ConfigError(f"{flag} must be printable ASCII without spaces, and not empty")
+        if any(not name.strip() for name in self.served_names):
+            raise ConfigError("--served-model-name must not be empty")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("--ssl-keyfile and --ssl-certfile must be given together")
+        if self.uds is None and not (self.api_keys or self.insecure or is_loopback(self.host)):
+            raise ConfigError(f"--host {self.host} is public: give --api-key, or --insecure to serve everybody")
+
+
+def parse_flags(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
+    """Resolve arguments, the --config file and the environment, or raise `ConfigError` in one line."""
+    given = vars(_parser().parse_args(arguments))
+    path = given.pop("config")
+    values: dict[str, Any] = {} if path is None else _read_file(path)
+    for flag in FLAGS:
+        value = given[flag.field]
+        if value is not None:
+            values[flag.field] = convert(flag, value, strict=False)
+    for field, variable in (("api_keys", ENV_API_KEY), ("admin_api_keys", ENV_ADMIN_API_KEY)):
+        if not values.get(field) and environment.get(variable):
+            values[field] = [environment[variable]]
+    engine = EngineConfig(
+        **{flag.field: values.pop(flag.field) for flag in FLAGS if flag.engine and flag.field in values}
+    )
+    config = ServerConfig(engine=engine, **values)
+    config.check()
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m tokenspeed.entrypoints.api", description="Serve a model over HTTP.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with these flags as keys; flags win over it")
+    defaults = {
+        **{field.name: field.default for field in msgspec.structs.fields(EngineConfig)},
+        **{field.name: field.default for field in msgspec.structs.fields(ServerConfig)},
+    }
+    for flag in FLAGS:
+        default = defaults[flag.field]
+        shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
+        options: dict[str, Any] = {"dest": flag.field, "default": None, "help": (flag.help + shown).replace("%", "%%")}
+        if flag.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif flag.type == list[str]:
+            options |= {"nargs": "+", "action": "extend", "metavar": "VALUE"}
+        else:
+            options["metavar"] = "|".join(get_args(flag.type)) if get_origin(flag.type) is Literal else "VALUE"
+        parser.add_argument(flag.name, **options)
+    return parser
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        parsed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if parsed is None:
+        return {}
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"--config {path} must hold a mapping of flags to values")
+    known = {flag.name.removeprefix("--"): flag for flag in FLAGS}
+    values: dict[str, Any] = {}
+    for key, value in parsed.items():
+        flag = known.get(str(key).replace("_", "-"))
+        if flag is None:
+            raise ConfigError(f"--config {path} has an unknown key {key!r}")
+        single = isinstance(value, str) and flag.type == list[str]
+        values[flag.field] = convert(flag, [value] if single else value, strict=True)
+    return values
+
+
+def convert(flag: Flag, value: Any, *, strict: bool) -> Any:
+    """A value of the flag's type; `strict` for a file, which has types, not for arguments, which are text."""
+    if flag.type is Size:
+        return _size(flag, value)
+    try:
+        return msgspec.convert(value, flag.type, strict=strict)
+    except msgspec.ValidationError:
+        allowed = {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(
+            flag.type, "text values"
+        )
+        if get_origin(flag.type) is Literal:
+            allowed = "one of " + ", ".join(get_args(flag.type))
+        raise ConfigError(f"{flag.name} must be {allowed}, got {value!r}") from None
+
+
+def _size(flag: Flag, value: Any) -> int:
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper(), re.ASCII)
+    if isinstance(value, bool) or match is None or match[2] not in units:
+        raise ConfigError(f"{flag.name} must be a number of bytes, or like 512MiB or 2GiB, got {value!r}")
+    return int(float(match[1]) * units[match[2]])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address of `host` is reachable from this machine only."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host}: {error.strerror}") from None
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)

@@ -1,0 +1,125 @@
+"""The body of POST /v1/completions, checked whole before anything is tokenized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msgspec import structs
+
+from tokenspeed.entrypoints.body import BOOLEAN, INTEGER, Fields, Kind, decode
+from tokenspeed.entrypoints.limits import MAX_CHOICES, MAX_PROMPTS
+from tokenspeed.entrypoints.schema import (
+    Delivery,
+    Model,
+    check_text_fits,
+    delivery,
+    model_name,
+    refuse_unsupported,
+    sampling_params,
+)
+from tokenspeed.errors import ContextLengthExceeded, InvalidRequest
+from tokenspeed.request import MAX_LOGPROBS, SamplingParams
+
+Prompt = str | list[int]
+
+DEFAULT_MAX_TOKENS = 16
+
+_PROMPT = Kind[str | list[str | int | list[int]]](
+    str | list[str | int | list[int]],
+    "a string, an array of token ids, or an array of strings or of arrays of token ids",
+    shows=False,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """One or more prompts, all sampled alike. Choices are numbered prompt by prompt.
+
+    `echo` puts the prompt before the completion; `shows_completion` is False for max_tokens 0, where one
+    token is generated and thrown away so that the prompt's log-probabilities come by the usual way.
+    """
+
+    prompts: list[Prompt]
+    params: SamplingParams
+    echo: bool
+    shows_completion: bool
+    shows_prompt_logprobs: bool
+    delivery: Delivery
+
+
+def completion_request(body: bytes, model: Model) -> CompletionRequest:
+    """Parse and check, or raise a `RequestError` that names the first field at fault."""
+    fields = Fields.parse(body)
+    model_name(fields, model)
+    refuse_unsupported(fields)
+    prompts = _prompts(fields, model)
+    echo = fields.take_or("echo", BOOLEAN, False)
+    logprobs = fields.take("logprobs", INTEGER)
+    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+        raise InvalidRequest(f"logprobs must be between 0 and {MAX_LOGPROBS}, got {logprobs}", param="logprobs")
+    max_tokens = fields.take_or("max_tokens", INTEGER, DEFAULT_MAX_TOKENS)
+    params = sampling_params(fields, model, max_tokens=max_tokens, logprobs=logprobs, min_max_tokens=0 if echo else 1)
+    if max_tokens == 0 and params.min_tokens > 0:
+        raise InvalidRequest("min_tokens must be 0 with max_tokens 0", param="min_tokens")
+    if len(prompts) * params.n > MAX_CHOICES:
+        raise InvalidRequest(f"prompts × n must be at most {MAX_CHOICES}, got {len(prompts)} × {params.n}", param="n")
+    shows_prompt_logprobs = params.prompt_logprobs is not None
+    if echo and logprobs is not None:
+        wanted = max(logprobs, params.prompt_logprobs or 0)
+        params = structs.replace(params, prompt_logprobs=wanted)
+    how = delivery(fields, model)
+    if how.stream and shows_prompt_logprobs:
+        raise InvalidRequest("prompt_logprobs is not available with stream: true", param="prompt_logprobs")
+    return CompletionRequest(
+        prompts=prompts,
+        params=params,
+        echo=echo,
+        shows_completion=max_tokens > 0,
+        shows_prompt_logprobs=shows_prompt_logprobs,
+        delivery=how,
+    )
+
+
+def _prompts(fields: Fields, model: Model) -> list[Prompt]:
+    raw = fields.raw("prompt")
+    if raw is None:
+        raise InvalidRequest("prompt is required", param="prompt")
+    if raw.count(b",") > MAX_PROMPTS * model.max_model_len and raw.startswith(b"["):
+        raise InvalidRequest("prompt has too many elements", param="prompt")
+    value = decode(raw, _PROMPT, "prompt")
+    if isinstance(value, str):
+        return [_text(value, model)]
+    if not value:
+        raise InvalidRequest("prompt must not be empty", param="prompt")
+    ids = [item for item in value if isinstance(item, int)]
+    if len(ids) == len(value):
+        return [_ids(ids, model)]
+    if len(value) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt must have at most {MAX_PROMPTS} prompts, got {len(value)}", param="prompt")
+    texts = [item for item in value if isinstance(item, str)]
+    if len(texts) == len(value):
+        return [_text(text, model) for text in texts]
+    lists = [item for item in value if isinstance(item, list)]
+    if len(lists) == len(value):
+        return [_ids(item, model) for item in lists]
+    raise InvalidRequest("prompt must not mix strings and token ids", param="prompt")
+
+
+def _text(text: str, model: Model) -> str:
+    if not text:
+        raise InvalidRequest("prompt must not be empty", param="prompt")
+    check_text_fits(len(text.encode()), model, "prompt")
+    return text
+
+
+def _ids(ids: list[int], model: Model) -> list[int]:
+    if not ids:
+        raise InvalidRequest("prompt must not be empty", param="prompt")
+    if len(ids) > model.max_model_len:
+        raise ContextLengthExceeded(limit=model.max_model_len, prompt=len(ids), completion=1, param="prompt")
+    for token_id in (min(ids), max(ids)):
+        if not 0 <= token_id < model.vocab_size:
+            raise InvalidRequest(
+                f"prompt has token id {token_id}; the vocabulary has ids 0 to {model.vocab_size - 1}", param="prompt"
+            )
+    return ids

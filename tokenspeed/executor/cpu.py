@@ -1,0 +1,291 @@
+"""The device plane on a CPU: one worker thread runs the launched steps in order.
+
+The thread computes inside torch, which holds no interpreter lock meanwhile, so the step loop plans,
+commits and publishes while a step runs. Per-slot state (last token, length, block table, sampling
+state) belongs to that thread alone: what a step samples is what the next one reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from tokenspeed.batch import (
+    ON_DEVICE,
+    BatchLimits,
+    Int32Array,
+    Int64Array,
+    Logprobs,
+    Plan,
+    PlanBuffers,
+    StepResult,
+    StepTimes,
+)
+from tokenspeed.errors import InvariantBroken
+from tokenspeed.executor import logprobs
+from tokenspeed.executor.interface import Binding, Flight
+from tokenspeed.executor.sampler import Sampled, Sampler
+from tokenspeed.executor.sampling_tables import SamplingTables
+from tokenspeed.layers.forward import ForwardInput, KVSpec, LayerKV
+
+UNMAPPED = -1
+"""An entry of a block table that no plan has filled."""
+
+
+class Model(Protocol):
+    """What the executor asks of a model: T tokens in, hidden states [T, H] out, logits of chosen ones."""
+
+    @property
+    def kv_spec(self) -> list[KVSpec]: ...
+
+    def forward(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class CpuFlight:
+    """A step on its way through the worker thread."""
+
+    __slots__ = ("_landed",)
+
+    def __init__(self, landed: Future[StepResult]) -> None:
+        self._landed = landed
+
+    async def tokens(self) -> StepResult:
+        """Wait for the step. Cancelling the wait does not cancel the step."""
+        return await asyncio.wrap_future(self._landed)
+
+
+class CpuExecutor:
+    """Runs plans against `model` with `num_blocks` KV blocks of `limits.block_size` tokens of `dtype`.
+
+    `num_threads` is the number of threads torch computes with, in this whole process. The KV cache is
+    zero pages of the system until it is written, and never holds what another program left behind.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        limits: BatchLimits,
+        vocab_size: int,
+        dtype: torch.dtype,
+        num_threads: int,
+    ) -> None:
+        self._num_blocks = num_blocks
+        self._limits = limits
+        self._device = _Device(model, num_blocks, limits, vocab_size, dtype)
+        self._num_threads = num_threads
+        self._queue: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="tokenspeed-cpu-executor", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    def launch(self, plan: Plan, bindings: Sequence[Binding]) -> Flight:
+        """Queue one step. Raises `InvariantBroken` after `close`."""
+        if self._closed:
+            raise InvariantBroken("a step was launched on a closed executor")
+        landed: Future[StepResult] = Future()
+        landed.set_running_or_notify_cancel()
+        self._queue.put(_Launch(plan, bindings, landed))
+        return CpuFlight(landed)
+
+    def new_buffers(self) -> PlanBuffers:
+        return PlanBuffers(self._limits)
+
+    def close(self) -> None:
+        """Run what is queued, then end the thread."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._num_threads)
+        failure: BaseException | None = None
+        while (launch := self._queue.get()) is not None:
+            if failure is None:
+                # Whatever a step raises belongs to whoever awaits its flight, and to every flight after it.
+                try:
+                    result = self._device.run(launch.plan, launch.bindings)
+                except BaseException as error:
+                    failure = error
+                else:
+                    launch.landed.set_result(result)
+                    continue
+            launch.landed.set_exception(failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    plan: Plan
+    bindings: Sequence[Binding]
+    landed: Future[StepResult]
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptScores:
+    """A slot whose request asked for the log-probabilities of its prompt."""
+
+    prompt: Int32Array
+    k: int
+
+
+class _Device:
+    """Per-slot state and the cache. On a CPU numpy arrays are the device's memory."""
+
+    def __init__(self, model: Model, num_blocks: int, limits: BatchLimits, vocab_size: int, dtype: torch.dtype) -> None:
+        self._model = model
+        self._num_blocks = num_blocks
+        self._block_size = limits.block_size
+        self._vocab_size = vocab_size
+        self._kv: list[LayerKV] = [
+            tuple(lazy_zeros((num_blocks, limits.block_size, *shape), dtype) for _, shape in spec.tensors)
+            for spec in model.kv_spec
+        ]
+        self._tables = SamplingTables(limits.max_rows, vocab_size)
+        self._sampler = Sampler(self._tables)
+        self._last_token: Int64Array = np.zeros(limits.max_rows, dtype=np.int64)
+        self._length: Int64Array = np.zeros(limits.max_rows, dtype=np.int64)
+        self._block_table: Int32Array = np.full((limits.max_rows, limits.max_blocks), UNMAPPED, dtype=np.int32)
+        self._prompt_scores: dict[int, _PromptScores] = {}
+
+    @torch.inference_mode()
+    def run(self, plan: Plan, bindings: Sequence[Binding]) -> StepResult:
+        start = time.perf_counter()
+        self._update_slots(plan, bindings)
+        if plan.num_rows == 0:
+            return _result(plan, StepTimes(time.perf_counter() - start, 0.0))
+        slots = plan.row_slot.astype(np.int64)
+        hidden = self._model.forward(self._inputs(plan, slots), self._kv)
+        sample_rows = plan.sample_rows
+        last = torch.from_numpy(np.cumsum(plan.row_new, dtype=np.int64)[sample_rows] - 1)
+        logits = self._model.logits(hidden[last]) if plan.num_samples else None
+        computed = time.perf_counter()
+        scores = self._score_prompts(plan, slots, hidden)
+        self._length[slots] += plan.row_new
+        sampled = None if logits is None else self._sample(logits, slots[sample_rows])
+        return _result(plan, StepTimes(computed - start, time.perf_counter() - computed), sampled, scores)
+
+    def _update_slots(self, plan: Plan, bindings: Sequence[Binding]) -> None:
+        """Releases, then bindings, then table deltas: a slot may change hands within one plan."""
+        if plan.num_copies:
+            raise InvariantBroken(f"step {plan.step} copies blocks of a second tier, which this executor does not have")
+        released = plan.released.tolist()
+        self._tables.release(released)
+        for slot in released:
+            self._prompt_scores.pop(slot, None)
+        slots, at = plan.bound[:, 0].tolist(), plan.bound[:, 1].tolist()
+        bound = [bindings[index] for index in at]
+        self._block_table[released + slots] = UNMAPPED
+        self._length[slots] = UNMAPPED
+        for slot, binding in zip(slots, bound, strict=True):
+            self._tables.bind(slot, binding)
+            self._bind_prompt(slot, binding)
+        slot_at, position, block = plan.table_delta.T
+        if plan.num_deltas and not 0 <= block.min() <= block.max() < self._num_blocks:
+            raise InvariantBroken(f"step {plan.step} names a block outside the {self._num_blocks} of the cache")
+        self._block_table[slot_at, position] = block
+
+    def _bind_prompt(self, slot: int, binding: Binding) -> None:
+        k = binding.params.prompt_logprobs
+        # A request that has generated was given the scores of all its prompt before it was preempted.
+        if k is not None and len(binding.tokens) == binding.prompt_len:
+            self._prompt_scores[slot] = _PromptScores(binding.tokens, k)
+        else:
+            self._prompt_scores.pop(slot, None)
+
+    def _inputs(self, plan: Plan, slots: Int64Array) -> ForwardInput:
+        """The plan and the device's state as arguments of a forward pass."""
+        computed = self._length[slots]
+        computed = np.where(computed == UNMAPPED, plan.row_computed, computed)
+        if not np.array_equal(computed, plan.row_computed):
+            raise InvariantBroken(f"step {plan.step} and the device disagree on how many tokens are computed")
+        self._length[slots] = computed
+        new = plan.row_new.astype(np.int64)
+        start = np.zeros(plan.num_rows + 1, dtype=np.int64)
+        np.cumsum(new, out=start[1:])
+        row_of = np.repeat(np.arange(plan.num_rows), new)
+        positions = np.arange(plan.num_tokens) - (start[:-1] - computed)[row_of]
+        token_ids = plan.token_ids.astype(np.int64)
+        on_device = token_ids == ON_DEVICE
+        token_ids[on_device] = self._last_token[slots[row_of[on_device]]]
+        kv_len = computed + new
+        columns = -(-int(kv_len.max()) // self._block_size)
+        block_table = self._block_table[slots, :columns]
+        block, offset = np.divmod(positions, self._block_size)
+        blocks = block_table[row_of, block].astype(np.int64)
+        if blocks.min() < 0:
+            raise InvariantBroken(f"step {plan.step} computes tokens that have no block")
+        return ForwardInput(
+            token_ids=torch.from_numpy(token_ids),
+            positions=torch.from_numpy(positions),
+            kv_slots=torch.from_numpy(blocks * self._block_size + offset),
+            query_start=torch.from_numpy(start.astype(np.int32)),
+            kv_len=torch.from_numpy(kv_len.astype(np.int32)),
+            block_table=torch.from_numpy(block_table),
+            num_decode=plan.num_decode,
+            query_lens=tuple(new.tolist()),
+            kv_lens=tuple(kv_len.tolist()),
+            block_size=self._block_size,
+        )
+
+    def _sample(self, logits: torch.Tensor, slots: Int64Array) -> Sampled:
+        sampled = self._sampler.sample(logits, slots, self._length[slots])
+        # A row without a token ends; the step already launched behind it reads a harmless id instead.
+        self._last_token[slots] = np.maximum(sampled.tokens, 0)
+        return sampled
+
+    def _score_prompts(self, plan: Plan, slots: Int64Array, hidden: torch.Tensor) -> dict[int, Logprobs]:
+        """Each chunk's scores of the prompt tokens that follow its positions, for the rows that asked."""
+        if not self._prompt_scores:
+            return {}
+        scores: dict[int, Logprobs] = {}
+        starts = np.cumsum(plan.row_new) - plan.row_new
+        for row, slot in enumerate(slots.tolist()):
+            asked = self._prompt_scores.get(slot)
+            if asked is None:
+                continue
+            computed = int(plan.row_computed[row])
+            targets = asked.prompt[computed + 1 : computed + 1 + int(plan.row_new[row])]
+            if len(targets):
+                at = int(starts[row])
+                token_ids = torch.from_numpy(targets.astype(np.int64))
+                scores[row] = logprobs.score(
+                    self._model.logits, hidden[at : at + len(targets)], token_ids, self._vocab_size, asked.k
+                )
+        return scores
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that cost no memory until they are written: numpy's calloc leaves them unmapped, torch's does not."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def _result(
+    plan: Plan, times: StepTimes, sampled: Sampled | None = None, scores: dict[int, Logprobs] | None = None
+) -> StepResult:
+    return StepResult(
+        step=plan.step,
+        tokens=np.zeros((0, 1), dtype=np.int32) if sampled is None else sampled.tokens[:, None],
+        num_tokens=np.ones(plan.num_samples, dtype=np.int32),
+        logprobs=None if sampled is None else sampled.logprobs,
+        prompt_logprobs=scores or {},
+        times=times,
+    )

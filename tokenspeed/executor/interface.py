@@ -1,0 +1,58 @@
+"""What the step loop knows of the device plane: it launches a plan and later awaits its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tokenspeed.batch import Int32Array, Plan, PlanBuffers, StepResult
+from tokenspeed.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A request that takes a device slot: travels with the step whose `plan.bound` names it by index.
+
+    `tokens` are all tokens known when it is bound: the prompt, and after a preemption what it had
+    generated; the first `prompt_len` are the prompt. `seed` is resolved by the engine. `stop_ids` are
+    masked until `params.min_tokens` tokens are generated.
+    """
+
+    params: SamplingParams
+    tokens: Int32Array
+    prompt_len: int
+    seed: int
+    stop_ids: Int32Array
+
+
+class Flight(Protocol):
+    """One launched step."""
+
+    async def tokens(self) -> StepResult:
+        """Wait off the event loop until the step has landed. Raises what the step raised."""
+        ...
+
+
+class Executor(Protocol):
+    """The device plane. Steps run in the order of their launch.
+
+    A step that raises leaves the device in an unknown state: every later flight raises the same error.
+    """
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks in the cache."""
+        ...
+
+    def launch(self, plan: Plan, bindings: Sequence[Binding]) -> Flight:
+        """Enqueue one step and return at once. The plan's buffers are the device's until the flight lands."""
+        ...
+
+    def new_buffers(self) -> PlanBuffers:
+        """Host memory for one plan, of the kind that this device copies fastest."""
+        ...
+
+    def close(self) -> None:
+        """Finish the launched steps and give the device back. Idempotent."""
+        ...

@@ -1,0 +1,51 @@
+"""What one forward pass is told, in device tensors: arguments, not ambient context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """What one layer keeps per token: a name and a shape for each tensor, e.g. k and v of [heads, dim]."""
+
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def elements(self) -> int:
+        """Elements a token."""
+        total = 0
+        for _, shape in self.tensors:
+            size = 1
+            for dim in shape:
+                size *= dim
+            total += size
+        return total
+
+
+LayerKV = tuple[torch.Tensor, ...]
+"""The cache of one layer, in the order of its `KVSpec`: each [num_blocks, block_size, *shape]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInput:
+    """R rows with T tokens in all; the first `num_decode` rows have one token each and come first.
+
+    `token_ids` [T] int64, `positions` [T] int64; `kv_slots` [T] int64: where each token's KV goes,
+    block × block_size + offset; `query_start` [R+1] int32: row r owns tokens query_start[r] to
+    query_start[r+1]; `kv_len` [R] int32: length of row r including this step's tokens;
+    `block_table` [R, max_blocks] int32, entries past a row's length are undefined.
+    `query_lens` and `kv_lens` are the same numbers on the host, as Python ints (upper bounds on a GPU).
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+    query_start: torch.Tensor
+    kv_len: torch.Tensor
+    block_table: torch.Tensor
+    num_decode: int
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    block_size: int

@@ -1,0 +1,51 @@
+"""The gated feed-forward block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from tokenspeed.kernels import ops
+from tokenspeed.layers.linear import ColumnLinear, RowLinear
+from tokenspeed.layers.module import BuildContext, Module
+from tokenspeed.parallel.placement import Boundary, Partial, Replicate, Shard
+
+
+class SiluMul(Module):
+    """silu(gate) · up of [gate | up]."""
+
+    def __init__(self, ctx: BuildContext, *, axis: str) -> None:
+        super().__init__()
+        self.boundary = Boundary(takes=Shard(axis, -1), gives=Shard(axis, -1))
+        self._apply_silu_mul = ops.silu_mul(ctx.target)
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[T, 2I] → [T, I]."""
+        return self._apply_silu_mul(gate_up)
+
+
+class GatedMLP(Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer, 2020), gate and up fused into one product."""
+
+    def __init__(
+        self, ctx: BuildContext, hidden_size: int, intermediate_size: int, *, axis: str = "dense", bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.boundary = Boundary(takes=Replicate(axis), gives=Partial(axis))
+        rows = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        self.gate_up_proj = ColumnLinear(ctx, hidden_size, rows, axis=axis, bias=bias)
+        self.activation = SiluMul(ctx, axis=axis)
+        self.down_proj = RowLinear(ctx, intermediate_size, {"down_proj": hidden_size}, axis=axis, bias=bias)
+
+    def stages(self) -> Iterable[tuple[str, Module]]:
+        return (
+            ("gate_up_proj", self.gate_up_proj),
+            ("activation", self.activation),
+            ("down_proj", self.down_proj),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H] → [T, H]."""
+        out: torch.Tensor = self.down_proj(self.activation(self.gate_up_proj(x)))
+        return out

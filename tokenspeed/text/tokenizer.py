@@ -1,0 +1,154 @@
+"""The tokenizer as the rest of the engine sees it; one backend a file beside this one.
+
+Text and control are kept apart here. Ordinary text never becomes a control token, whatever it spells:
+control tokens appear only where a caller asks for them (`parse_special`, the template's spans, the tokens
+that the checkpoint puts around a prompt).
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tokenspeed.errors import InvalidRequest
+from tokenspeed.text.spans import Span, template_runs
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A control token found in a text: characters start to end are its spelling."""
+
+    start: int
+    end: int
+    token_id: int
+
+
+class ControlFinder:
+    """Finds the spellings of control tokens in a text: leftmost first, longest of those.
+
+    `spellings` maps text to token id; one in `whole_words` matches only between characters that are no
+    part of a word. The cost is O(characters), plus a few dictionary look-ups where a first character fits.
+    """
+
+    def __init__(self, spellings: Mapping[str, int], whole_words: Collection[str] = ()) -> None:
+        self._ids = {text: token_id for text, token_id in spellings.items() if text}
+        self._whole_words = frozenset(whole_words)
+        lengths: dict[str, set[int]] = {}
+        for text in self._ids:
+            lengths.setdefault(text[0], set()).add(len(text))
+        self._lengths = {first: tuple(sorted(sizes, reverse=True)) for first, sizes in lengths.items()}
+        self._first = re.compile("[" + re.escape("".join(self._lengths)) + "]") if self._lengths else None
+
+    def find(self, text: str, start: int, end: int) -> Iterator[Match]:
+        """The matches that lie wholly between start and end, in order, not overlapping."""
+        if self._first is None:
+            return
+        at = start
+        while (candidate := self._first.search(text, at, end)) is not None:
+            at = candidate.start()
+            match = self._at(text, at, end)
+            if match is None:
+                at += 1
+            else:
+                yield match
+                at = match.end
+
+    def _at(self, text: str, start: int, end: int) -> Match | None:
+        for length in self._lengths[text[start]]:
+            spelling = text[start : start + length]
+            if start + length > end or (token_id := self._ids.get(spelling)) is None:
+                continue
+            if spelling in self._whole_words and _inside_word(text, start, start + length):
+                continue
+            return Match(start, start + length, token_id)
+        return None
+
+
+def _inside_word(text: str, start: int, end: int) -> bool:
+    before, after = text[start - 1 : start], text[end : end + 1]
+    return bool(re.match(r"\w", before) or re.match(r"\w", after))
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back. Safe to use from several threads at once.
+
+    `vocab_size` is one more than the largest id, added tokens included. `special_ids` are the ids that
+    `skip_special_tokens` leaves out; `control` maps the spelling of every token that is recognised only
+    in template text to its id: the special ones, and those like `</think>` that are shown but not typed.
+    `strips_leading_space`: one space at the very start of decoded text was put there by encoding
+    (sentencepiece's rule). `prefix_ids` and `suffix_ids` are what the checkpoint puts around a prompt.
+    """
+
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    special_ids: frozenset[int]
+    control: Mapping[str, int]
+    strips_leading_space: bool = False
+    prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
+    _finder: ControlFinder
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        """Token ids of a text. `parse_special` recognises control tokens in it: never for a request's text.
+
+        Raises `InvalidRequest` for text that is no valid Unicode (a lone surrogate).
+        """
+        matches = self._finder.find(text, 0, len(text)) if parse_special else ()
+        ids = self._encode(_checked(text), list(matches))
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
+
+    def encode_spans(self, spans: Sequence[Span]) -> list[int]:
+        """Token ids of a rendered prompt, control tokens recognised only inside the template's text.
+
+        Ordinary text is encoded across the borders of spans: as long as no request text spells a control
+        token, the ids equal those of the whole string with `parse_special`. No prefix or suffix is added.
+        """
+        text = _checked("".join([span.text for span in spans]))
+        matches = [match for start, end in template_runs(spans) for match in self._finder.find(text, start, end)]
+        return self._encode(text, matches)
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of the ids. Bytes that are no UTF-8 become U+FFFD, one for each maximal invalid part."""
+        hidden = self.special_ids if skip_special_tokens else frozenset()
+        data = b"".join([self.token_bytes(token_id) for token_id in ids if token_id not in hidden])
+        text = data.decode("utf-8", "replace")
+        return text[1:] if self.strips_leading_space and text.startswith(" ") else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The raw bytes of one token; empty for an id below `vocab_size` that stands for nothing.
+
+        Raises `InvalidRequest` for an id outside the vocabulary.
+        """
+        if not 0 <= token_id < self.vocab_size:
+            raise InvalidRequest(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
+        return self._token_bytes(token_id)
+
+    @abstractmethod
+    def _encode(self, text: str, matches: list[Match]) -> list[int]:
+        """Encode `text`; the matched stretches are control tokens, all else is ordinary text."""
+
+    @abstractmethod
+    def _token_bytes(self, token_id: int) -> bytes: ...
+
+
+def pieces_between(text: str, matches: list[Match]) -> Iterator[str | int]:
+    """The ordinary stretches of a text and, between them, the ids of the matches; no empty stretch."""
+    at = 0
+    for match in matches:
+        if at < match.start:
+            yield text[at : match.start]
+        yield match.token_id
+        at = match.end
+    if at < len(text):
+        yield text[at:]
+
+
+def _checked(text: str) -> str:
+    try:
+        text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"the text has a lone surrogate at character {error.start}") from error
+    return text
