@@ -20,9 +20,8 @@ inline HashKey hash_key(const char* data) {
   return HashKey::from_bytes(std::span<const std::byte, 16>(reinterpret_cast<const std::byte*>(data), 16));
 }
 
-// The digest as its 16 bytes in the order in which they are published.
-inline std::string siphash128(const char* key, const char* data, std::size_t size) {
-  const Hash hash = siphash128(hash_key(key), as_bytes(data, size));
+// The 16 bytes of a digest in the order in which they are published.
+inline std::string digest(const Hash& hash) {
   return std::string(reinterpret_cast<const char*>(&hash.low), 8) +
          std::string(reinterpret_cast<const char*>(&hash.high), 8);
 }

@@ -1,7 +1,9 @@
 // The events of a request: one overload for every legal pair of state and event, and no other.
 #pragma once
 
+#include <concepts>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <variant>
 
@@ -62,5 +64,43 @@ inline void on(Retracting& state, Fill event) { state.fill(event); }
   const Draining done = std::move(state);  // its slot and blocks go back here
   return Finished();
 }
+
+// --- the table of request.h, proved whenever this compiles ---
+
+template <class State, class Event, class Result>
+concept Gives = requires(State&& state, Event event) {
+  { on(std::forward<State>(state), std::move(event)) } -> std::same_as<Result>;
+};
+
+static_assert(Gives<Waiting, Admit, Prefilling>);
+static_assert(Gives<Waiting, Finish, Finished> && Gives<Waiting, Abort, Finished>);
+static_assert(Gives<Prefilling, Compute, std::variant<Prefilling, Decoding>>);
+static_assert(Gives<Prefilling&, Fill, void>);
+static_assert(Gives<Prefilling, Preempt, Retracting>);
+static_assert(Gives<Prefilling, Finish, Draining> && Gives<Prefilling, Abort, Draining>);
+static_assert(Gives<Decoding&, Grow, void> && Gives<Decoding&, Compute, void> && Gives<Decoding&, Fill, void>);
+static_assert(Gives<Decoding&, Append, std::optional<Ending>>);
+static_assert(Gives<Decoding, Preempt, Retracting>);
+static_assert(Gives<Decoding, Finish, Draining> && Gives<Decoding, Abort, Draining>);
+static_assert(Gives<Retracting&, Fill, void> && Gives<Retracting&, Append, std::optional<Ending>>);
+static_assert(Gives<Retracting, Land, std::variant<Retracting, Waiting>>);
+static_assert(Gives<Retracting, Finish, Draining> && Gives<Retracting, Abort, Draining>);
+static_assert(Gives<Draining, Land, std::variant<Draining, Finished>>);
+
+static_assert(Gives<FreeBlock, Open, WritableBlock>);
+static_assert(Gives<WritableBlock, Seal, FullBlock>);
+static_assert(Gives<SealedBlock, Withdraw, WithdrawnBlock>);
+static_assert(Gives<CachedBlock, Hit, SealedBlock>);
+static_assert(Gives<CachedBlock, Evict, FreeBlock> && Gives<CachedBlock, Withdraw, FreeBlock>);
+
+// A state moves and is never copied, and moving it cannot fail half-way.
+template <class State>
+concept MoveOnly = std::is_nothrow_move_constructible_v<State> && !std::is_copy_constructible_v<State> &&
+                   !std::is_copy_assignable_v<State>;
+
+static_assert(MoveOnly<Waiting> && MoveOnly<Prefilling> && MoveOnly<Decoding>);
+static_assert(MoveOnly<Retracting> && MoveOnly<Draining> && MoveOnly<Finished>);
+static_assert(MoveOnly<FreeBlock> && MoveOnly<WritableBlock> && MoveOnly<SealedBlock>);
+static_assert(MoveOnly<WithdrawnBlock> && MoveOnly<CachedBlock>);
 
 }  // namespace tokenspeed

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def listing(selector: Selector) -> str:
     """One line an implementation: op, name, priority, platforms, types, restrictions; then the plug-ins."""
-    rows = [("op", "implementation", "priority", "platforms", "types", "only if")]
+    rows: list[tuple[str, ...]] = [("op", "implementation", "priority", "platforms", "types", "only if")]
     rows += [_row(implementation) for implementation in selector.registry.all()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -16,7 +16,7 @@ Traits = Mapping[str, TraitValue]
 Kernel = Callable[..., Any]
 
 _ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "block_size")
-_LATENT = ("kv_lora_rank", "rope_dim", "block_size")
+_LATENT = ("num_heads", "kv_lora_rank", "rope_dim", "block_size")
 
 OPS: Mapping[str, tuple[str, ...]] = {
     "embedding": (),
@@ -25,9 +25,9 @@ OPS: Mapping[str, tuple[str, ...]] = {
     "mha_decode": _ATTENTION,
     "mha_prefill": _ATTENTION,
     "mla_decode": _LATENT,
-    "mla_prefill": _LATENT,
-    "moe_experts": ("hidden_size", "intermediate_size"),
-    "moe_route": ("top_k", "num_shared", "num_groups", "top_groups", "scoring", "normalise"),
+    "mla_prefill": (*_LATENT, "nope_dim", "v_dim"),
+    "moe_experts": ("num_experts", "num_shared", "hidden_size", "intermediate_size"),
+    "moe_route": ("num_experts", "top_k", "num_shared", "num_groups", "top_groups", "scoring", "normalise"),
     "rms_norm": (),
     "rotary": ("head_dim", "interleaved"),
     "silu_mul": (),

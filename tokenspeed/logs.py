@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 
 
 class _Json(logging.Formatter):
@@ -26,8 +25,6 @@ class _Json(logging.Formatter):
 
 
 class _Text(logging.Formatter):
-    converter = time.localtime
-
     def __init__(self, role: str) -> None:
         super().__init__(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S")
 

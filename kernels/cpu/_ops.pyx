@@ -26,6 +26,7 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         const int32_t* kv_len
         int64_t q_stride
         int64_t table_stride
+        int64_t table_width
         int64_t num_blocks
         int32_t rows
         int32_t num_heads
@@ -88,9 +89,9 @@ cdef class Kernels:
 
     def mha_decode(self, uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k, uintptr_t v, int64_t num_blocks,
                    int block_size, int num_heads, int num_kv_heads, int head_dim, uintptr_t block_table,
-                   int64_t table_stride, uintptr_t kv_len, int rows, float scale, int threads):
+                   int64_t table_stride, int64_t table_width, uintptr_t kv_len, int rows, float scale, int threads):
         cdef Attention a = attention(q, q_stride, out, k, v, num_blocks, block_size, num_heads, num_kv_heads, head_dim,
-                                     block_table, table_stride, kv_len, rows, scale)
+                                     block_table, table_stride, table_width, kv_len, rows, scale)
         cdef int64_t bad
         with nogil:
             bad = c_mha_decode(self.table[0], a, threads)
@@ -99,9 +100,9 @@ cdef class Kernels:
 
     def mha_prefill(self, uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k, uintptr_t v, int64_t num_blocks,
                     int block_size, int num_heads, int num_kv_heads, int head_dim, uintptr_t block_table,
-                    int64_t table_stride, uintptr_t kv_len, int rows, float scale, uintptr_t query_start, int threads):
+                    int64_t table_stride, int64_t table_width, uintptr_t kv_len, int rows, float scale, uintptr_t query_start, int threads):
         cdef Attention a = attention(q, q_stride, out, k, v, num_blocks, block_size, num_heads, num_kv_heads, head_dim,
-                                     block_table, table_stride, kv_len, rows, scale)
+                                     block_table, table_stride, table_width, kv_len, rows, scale)
         cdef int64_t bad
         with nogil:
             bad = c_mha_prefill(self.table[0], a, <const int32_t*> query_start, threads)
@@ -132,11 +133,12 @@ cdef class Kernels:
 
 cdef Attention attention(uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k, uintptr_t v, int64_t num_blocks,
                          int block_size, int num_heads, int num_kv_heads, int head_dim, uintptr_t block_table,
-                         int64_t table_stride, uintptr_t kv_len, int rows, float scale):
+                         int64_t table_stride, int64_t table_width, uintptr_t kv_len, int rows, float scale):
     cdef Attention a
     a.q, a.q_stride, a.out = <const void*> q, q_stride, <void*> out
     a.k, a.v, a.num_blocks, a.block_size = <const void*> k, <const void*> v, num_blocks, block_size
     a.num_heads, a.num_kv_heads, a.head_dim, a.scale = num_heads, num_kv_heads, head_dim, scale
-    a.block_table, a.table_stride = <const int32_t*> block_table, table_stride
+    a.block_table = <const int32_t*> block_table
+    a.table_stride, a.table_width = table_stride, table_width
     a.kv_len, a.rows = <const int32_t*> kv_len, rows
     return a

@@ -57,7 +57,7 @@ int64_t check_rows(const Attention& a) {
     for (int row = 0; row < a.rows; ++row) {
         const int64_t length = a.kv_len[row];
         const int64_t blocks = (length + a.block_size - 1) / a.block_size;
-        if (length < 1 || blocks > a.table_stride) return row;
+        if (length < 1 || blocks > a.table_width) return row;
         const int32_t* table = a.block_table + row * a.table_stride;
         for (int64_t i = 0; i < blocks; ++i) {
             if (table[i] < 0 || table[i] >= a.num_blocks) return row;

@@ -19,7 +19,8 @@ struct Attention {
     const int32_t* block_table;
     const int32_t* kv_len;
     int64_t q_stride;
-    int64_t table_stride;  // also the number of entries of a row
+    int64_t table_stride;
+    int64_t table_width;  // entries of a row of the table
     int64_t num_blocks;
     int32_t rows;
     int32_t num_heads;

@@ -18,10 +18,10 @@ def bind(target: Target, traits: Traits) -> Kernel:
 
     def kv_store(tensors: tuple[Tensor, ...], caches: tuple[Tensor, ...], kv_slots: Tensor, /) -> None:
         tokens = kv_slots.shape[0]
-        expect_contiguous("kv_slots", kv_slots, int64, tokens)
+        expect_contiguous("kv_slots", kv_slots, int64, (tokens,))
         for tensor, cache in zip(tensors, caches, strict=True):
             shape = cache.shape[2:]
-            expect_contiguous("a cache", cache, dtype, *cache.shape)
+            expect_contiguous("a cache", cache, dtype, cache.shape)
             if tensor.dtype is not dtype or tensor.shape != (tokens, *shape):
                 raise ValueError(
                     f"{tensor.dtype} {tuple(tensor.shape)} does not go into a {dtype} cache of {tuple(shape)}"

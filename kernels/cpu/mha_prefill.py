@@ -30,12 +30,13 @@ def bind(kernels: _ops.Kernels, dtype: torch.dtype, traits: Traits) -> Kernel:
     ) -> Tensor:
         tokens, rows = q.shape[0], block_table.shape[0]
         num_blocks = k_cache.shape[0]
-        expect("q", q, dtype, tokens, num_heads, head_dim)
-        expect_contiguous("k_cache", k_cache, dtype, num_blocks, block_size, num_kv_heads, head_dim)
-        expect_contiguous("v_cache", v_cache, dtype, num_blocks, block_size, num_kv_heads, head_dim)
-        expect("block_table", block_table, torch.int32, rows, None)
-        expect_contiguous("query_start", query_start, torch.int32, rows + 1)
-        expect_contiguous("kv_len", kv_len, torch.int32, rows)
+        cache_shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        expect("q", q, dtype, (tokens, num_heads, head_dim))
+        expect_contiguous("k_cache", k_cache, dtype, cache_shape)
+        expect_contiguous("v_cache", v_cache, dtype, cache_shape)
+        expect("block_table", block_table, torch.int32, (rows, block_table.shape[1]))
+        expect_contiguous("query_start", query_start, torch.int32, (rows + 1,))
+        expect_contiguous("kv_len", kv_len, torch.int32, (rows,))
         if sum(query_lens) != tokens:
             raise ValueError(f"query_lens sum to {sum(query_lens)}, q has {tokens} tokens")
         if q.stride(1) != head_dim:
@@ -54,6 +55,7 @@ def bind(kernels: _ops.Kernels, dtype: torch.dtype, traits: Traits) -> Kernel:
             head_dim,
             block_table.data_ptr(),
             block_table.stride(0),
+            block_table.shape[1],
             kv_len.data_ptr(),
             rows,
             scale,

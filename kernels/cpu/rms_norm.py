@@ -15,14 +15,14 @@ def bind(kernels: _ops.Kernels, dtype: torch.dtype, traits: Traits) -> Kernel:
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
         tokens, hidden = x.shape
-        expect("x", x, dtype, tokens, hidden)
-        expect_contiguous("weight", weight, dtype, hidden)
+        expect("x", x, dtype, (tokens, hidden))
+        expect_contiguous("weight", weight, dtype, (hidden,))
         y = torch.empty((tokens, hidden), dtype=dtype)
         threads = torch.get_num_threads()
         if residual is None:
             launch(x.data_ptr(), x.stride(0), 0, 0, weight.data_ptr(), y.data_ptr(), 0, tokens, hidden, eps, threads)
             return y, x
-        expect("residual", residual, dtype, tokens, hidden)
+        expect("residual", residual, dtype, (tokens, hidden))
         residual_out = torch.empty_like(y)
         launch(
             x.data_ptr(),

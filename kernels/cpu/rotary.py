@@ -16,10 +16,10 @@ def bind(kernels: _ops.Kernels, dtype: torch.dtype, traits: Traits) -> Kernel:
 
     def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, /) -> tuple[Tensor, Tensor]:
         tokens = q.shape[0]
-        expect("q", q, dtype, tokens, None, head_dim)
-        expect("k", k, dtype, tokens, None, head_dim)
-        expect_contiguous("positions", positions, torch.int64, tokens)
-        expect_contiguous("cos_sin", cos_sin, torch.float32, None, head_dim)
+        expect("q", q, dtype, (tokens, q.shape[1], head_dim))
+        expect("k", k, dtype, (tokens, k.shape[1], head_dim))
+        expect_contiguous("positions", positions, torch.int64, (tokens,))
+        expect_contiguous("cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], head_dim))
         launch(
             q.data_ptr(),
             q.stride(0),

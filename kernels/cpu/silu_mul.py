@@ -15,7 +15,7 @@ def bind(kernels: _ops.Kernels, dtype: torch.dtype, traits: Traits) -> Kernel:
 
     def silu_mul(gate_up: Tensor, /) -> Tensor:
         tokens, width = gate_up.shape
-        expect("gate_up", gate_up, dtype, tokens, width)
+        expect("gate_up", gate_up, dtype, (tokens, width))
         if width % 2:
             raise ValueError(f"gate_up has an odd width, {width}")
         out = torch.empty((tokens, width // 2), dtype=dtype)

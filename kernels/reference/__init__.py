@@ -12,6 +12,10 @@ from tokenspeed.kernels.reference import (
     linear,
     mha_decode,
     mha_prefill,
+    mla_decode,
+    mla_prefill,
+    moe_experts,
+    moe_route,
     rms_norm,
     rotary,
     silu_mul,
@@ -21,5 +25,18 @@ from tokenspeed.kernels.registry import Implementation
 
 def implementations() -> tuple[Implementation, ...]:
     """One for each op."""
-    modules = (embedding, kv_store, linear, mha_decode, mha_prefill, rms_norm, rotary, silu_mul)
+    modules = (
+        embedding,
+        kv_store,
+        linear,
+        mha_decode,
+        mha_prefill,
+        mla_decode,
+        mla_prefill,
+        moe_experts,
+        moe_route,
+        rms_norm,
+        rotary,
+        silu_mul,
+    )
     return tuple(module.IMPLEMENTATION for module in modules)

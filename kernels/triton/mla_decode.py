@@ -42,8 +42,8 @@ def _owner(tile, total, num_programs):
 
 
 @triton.jit
-def _attend(latent, rope, q_latent, q_rope, m, l, acc, scale_log2, token, visible, MASK: tl.constexpr):
-    """One tile into the running maximum m, sum l and output acc [C, columns] (online softmax)."""
+def _attend(latent, rope, q_latent, q_rope, m, denominator, acc, scale_log2, token, visible, MASK: tl.constexpr):
+    """One tile into the running maximum m, denominator and output acc [C, columns] (online softmax)."""
     scores = tl.dot(latent, q_latent)
     scores = tl.dot(rope, q_rope, scores) * scale_log2
     if MASK:
@@ -54,11 +54,11 @@ def _attend(latent, rope, q_latent, q_rope, m, l, acc, scale_log2, token, visibl
     p = tl.exp2(scores - shift[None, :])
     decay = tl.exp2(m - shift)
     acc = tl.dot(tl.trans(latent), p.to(latent.dtype), acc * decay[None, :])
-    return m_new, l * decay + tl.sum(p, 0), acc
+    return m_new, denominator * decay + tl.sum(p, 0), acc
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_queries"])
-def _shares(
+def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
     q_latent, q_rope, kv, latent_tma, rope_tma, block_table, kv_len, out, partial, lse,
     scale_log2, num_rows, num_queries, table_stride,
     ql_row, ql_query, ql_head, qr_row, qr_query, qr_head,
@@ -102,7 +102,7 @@ def _shares(
             )  # fmt: skip
             visible = length - num_queries + 1 + query
             m = tl.full([COLUMNS], float("-inf"), tl.float32)
-            l = tl.zeros([COLUMNS], tl.float32)
+            denominator = tl.zeros([COLUMNS], tl.float32)
             acc = tl.zeros([C, COLUMNS], tl.float32)
             table = block_table + row * table_stride
             # The block of the next tile is read a turn ahead: its latency would stand before every copy.
@@ -118,7 +118,9 @@ def _shares(
                     latent = tl.load(kv_rows + c[None, :])
                     rope = tl.load(kv_rows + C + r[None, :])
                 token = tile * BLOCK_N + n
-                m, l, acc = _attend(latent, rope, ql, qr, m, l, acc, scale_log2, token, visible, not ONE_QUERY)
+                m, denominator, acc = _attend(
+                    latent, rope, ql, qr, m, denominator, acc, scale_log2, token, visible, not ONE_QUERY
+                )
             # The tile that the row fills in part, in a loop of at most one turn so that it is copied in the
             # background too. What lies behind its last token may be anything, NaN too, and 0 · NaN is NaN in
             # the product with V: so nothing of it is read.
@@ -128,8 +130,10 @@ def _shares(
                 kv_rows = kv + (at + n[:, None]).to(tl.int64) * (C + P)
                 latent = tl.load(kv_rows + c[None, :], mask=token[:, None] < length, other=0.0)
                 rope = tl.load(kv_rows + C + r[None, :], mask=token[:, None] < length, other=0.0)
-                m, l, acc = _attend(latent, rope, ql, qr, m, l, acc, scale_log2, token, visible, True)
-            result = (acc / tl.where(l == 0.0, 1.0, l)[None, :]).to(out.dtype.element_ty)
+                m, denominator, acc = _attend(
+                    latent, rope, ql, qr, m, denominator, acc, scale_log2, token, visible, True
+                )
+            result = (acc / tl.where(denominator == 0.0, 1.0, denominator)[None, :]).to(out.dtype.element_ty)
             width = num_queries * HEADS
             if _owner(row_begin, total, num_shares) == _owner(row_end - 1, total, num_shares):
                 at_out = row * width + column
@@ -137,7 +141,7 @@ def _shares(
             else:
                 at_out = (share + row) * width + column
                 tl.store(partial + at_out[None, :] * C + c[:, None], result, mask=used[None, :])
-                tl.store(lse + at_out, m + tl.log2(l), mask=used)
+                tl.store(lse + at_out, m + tl.log2(denominator), mask=used)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_shares"])
@@ -167,7 +171,7 @@ def _merge(
         if count > 1:
             s = tl.arange(0, BLOCK_S)
             m = tl.full([BLOCK_S], float("-inf"), tl.float32)
-            l = tl.zeros([BLOCK_S], tl.float32)
+            denominator = tl.zeros([BLOCK_S], tl.float32)
             acc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
             for start in range(0, count, BLOCK_S):
                 present = start + s < count
@@ -178,13 +182,13 @@ def _merge(
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)
                 decay = tl.exp2(m - shift)
                 weight = tl.exp2(weight - shift)
-                l = l * decay + weight
+                denominator = denominator * decay + weight
                 acc = acc * decay[:, None] + value.to(tl.float32) * weight[:, None]
                 m = m_new
             peak = tl.max(m, 0)
             weight = tl.exp2(m - tl.where(peak == float("-inf"), 0.0, peak))
-            l_all = tl.sum(l * weight, 0)
-            result = tl.sum(acc * weight[:, None], 0) / tl.where(l_all == 0.0, 1.0, l_all)
+            denominator_all = tl.sum(denominator * weight, 0)
+            result = tl.sum(acc * weight[:, None], 0) / tl.where(denominator_all == 0.0, 1.0, denominator_all)
             tl.store(to, result.to(out.dtype.element_ty))
 
 

@@ -33,7 +33,7 @@ def _silu(x):
 @triton.jit
 def _up_rows(
     x, gate_up, ids, hidden, x_stride,
-    E: tl.constexpr, SLOTS: tl.constexpr, NUM_SHARED: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    E: tl.constexpr, SLOTS: tl.constexpr, NUM_SHARED: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1) // SLOTS
@@ -41,36 +41,36 @@ def _up_rows(
     pair = token * SLOTS + slot
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     k = tl.arange(0, BLOCK_K)
-    at = i[:, None] * H + k[None, :]
+    at = i[:, None] * HIDDEN + k[None, :]
     if slot >= SLOTS - NUM_SHARED:
-        rows = gate_up + tl.cast(E - SLOTS + slot, tl.int64) * (2 * I * H)
+        rows = gate_up + tl.cast(E - SLOTS + slot, tl.int64) * (2 * INNER * HIDDEN)
         gate_weight = tl.load(rows + at)
-        up_weight = tl.load(rows + I * H + at)
+        up_weight = tl.load(rows + INNER * HIDDEN + at)
         dependency_wait(DEPENDENT)
         expert = tl.load(ids + pair)
     else:
         dependency_wait(DEPENDENT)
         expert = tl.load(ids + pair)
-        rows = gate_up + expert.to(tl.int64) * (2 * I * H)
+        rows = gate_up + expert.to(tl.int64) * (2 * INNER * HIDDEN)
         gate_weight = tl.load(rows + at, mask=expert >= 0, other=0.0)
-        up_weight = tl.load(rows + I * H + at, mask=expert >= 0, other=0.0)
+        up_weight = tl.load(rows + INNER * HIDDEN + at, mask=expert >= 0, other=0.0)
     # After our own wait: the dependents may then read the ids before theirs.
     release_dependents(DEPENDENT)
     if expert >= 0:
         xs = tl.load(x + token * x_stride + k).to(tl.float32)
         gate = tl.sum(gate_weight.to(tl.float32) * xs[None, :], 1)
         up = tl.sum(up_weight.to(tl.float32) * xs[None, :], 1)
-        for start in tl.static_range(BLOCK_K, H, BLOCK_K):
+        for start in tl.static_range(BLOCK_K, HIDDEN, BLOCK_K):
             xs = tl.load(x + token * x_stride + start + k).to(tl.float32)
             gate += tl.sum(tl.load(rows + start + at).to(tl.float32) * xs[None, :], 1)
-            up += tl.sum(tl.load(rows + I * H + start + at).to(tl.float32) * xs[None, :], 1)
-        tl.store(hidden + pair * I + i, (_silu(gate) * up).to(hidden.dtype.element_ty))
+            up += tl.sum(tl.load(rows + INNER * HIDDEN + start + at).to(tl.float32) * xs[None, :], 1)
+        tl.store(hidden + pair * INNER + i, (_silu(gate) * up).to(hidden.dtype.element_ty))
 
 
 @triton.jit
 def _down_rows(
     hidden, down, ids, weights, out,
-    SLOTS: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    SLOTS: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1)
@@ -82,18 +82,18 @@ def _down_rows(
     expert = tl.load(ids + token * SLOTS + slot, mask=slot < SLOTS, other=-1)
     weight = tl.load(weights + token * SLOTS + slot, mask=slot < SLOTS, other=0.0)
     live = expert >= 0
-    rows = down + expert.to(tl.int64)[:, None, None] * (H * I) + h[None, :, None] * I + i[None, None, :]
+    rows = down + expert.to(tl.int64)[:, None, None] * (HIDDEN * INNER) + h[None, :, None] * INNER + i[None, None, :]
     tiles = ()
-    for start in tl.static_range(0, I, BLOCK_I):
-        tiles = tiles + (tl.load(rows + start, mask=live[:, None, None], other=0.0),)  # noqa: RUF005
+    for start in tl.static_range(0, INNER, BLOCK_I):
+        tiles = tiles + (tl.load(rows + start, mask=live[:, None, None], other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
     dependency_wait(DEPENDENT)
     acc = tl.zeros([PADDED, BLOCK_H], tl.float32)
-    for start in tl.static_range(0, I, BLOCK_I):
-        at = (token * SLOTS + slot)[:, None] * I + start + i[None, :]
+    for start in tl.static_range(0, INNER, BLOCK_I):
+        at = (token * SLOTS + slot)[:, None] * INNER + start + i[None, :]
         value = tl.load(hidden + at, mask=live[:, None], other=0.0).to(tl.float32)
         acc += tl.sum(tiles[start // BLOCK_I].to(tl.float32) * value[:, None, :], 2)
     y = tl.sum(acc * weight[:, None], 0)
-    tl.store(out + token * H + h, y.to(out.dtype.element_ty))
+    tl.store(out + token * HIDDEN + h, y.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["num_pairs", "capacity"])
@@ -124,36 +124,36 @@ def _weight_tile(pointer, tma, row, k, WIDTH: tl.constexpr, ROWS: tl.constexpr, 
 @triton.jit
 def _up_tile(
     x, gate_up, gate_up_tma, hidden, expert, pair, live, i0, x_stride,
-    SLOTS: tl.constexpr, H: tl.constexpr, I: tl.constexpr, TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair, i0 : i0 + BLOCK_I] of one expert for a tile of its tokens."""
     gate = tl.zeros([BLOCK_I, TOKENS], tl.float32)
     up = tl.zeros([BLOCK_I, TOKENS], tl.float32)
     source = x + (pair // SLOTS)[:, None] * x_stride + tl.arange(0, BLOCK_K)[None, :]
-    row = expert * (2 * I) + i0
-    for k in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+    row = expert * (2 * INNER) + i0
+    for k in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
         tokens = tl.trans(tl.load(source + k))
-        gate = tl.dot(_weight_tile(gate_up, gate_up_tma, row, k, H, BLOCK_I, BLOCK_K, TMA), tokens, gate)
-        up = tl.dot(_weight_tile(gate_up, gate_up_tma, row + I, k, H, BLOCK_I, BLOCK_K, TMA), tokens, up)
-    to = hidden + pair.to(tl.int64)[None, :] * I + (i0 + tl.arange(0, BLOCK_I))[:, None]
+        gate = tl.dot(_weight_tile(gate_up, gate_up_tma, row, k, HIDDEN, BLOCK_I, BLOCK_K, TMA), tokens, gate)
+        up = tl.dot(_weight_tile(gate_up, gate_up_tma, row + INNER, k, HIDDEN, BLOCK_I, BLOCK_K, TMA), tokens, up)
+    to = hidden + pair.to(tl.int64)[None, :] * INNER + (i0 + tl.arange(0, BLOCK_I))[:, None]
     tl.store(to, (_silu(gate) * up).to(hidden.dtype.element_ty), mask=live[None, :])
 
 
 @triton.jit
 def _down_tile(
     hidden, down, down_tma, weights, partial, expert, pair, live, h0,
-    H: tl.constexpr, I: tl.constexpr, TOKENS: tl.constexpr,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial[pair, h0 : h0 + BLOCK_H] = weight · down_e · hidden for a tile of the expert's tokens."""
     acc = tl.zeros([BLOCK_H, TOKENS], tl.float32)
-    source = hidden + pair.to(tl.int64)[:, None] * I + tl.arange(0, BLOCK_K)[None, :]
-    for k in tl.range(0, I, BLOCK_K, num_stages=STAGES):
+    source = hidden + pair.to(tl.int64)[:, None] * INNER + tl.arange(0, BLOCK_K)[None, :]
+    for k in tl.range(0, INNER, BLOCK_K, num_stages=STAGES):
         tokens = tl.trans(tl.load(source + k))
-        acc = tl.dot(_weight_tile(down, down_tma, expert * H + h0, k, I, BLOCK_H, BLOCK_K, TMA), tokens, acc)
+        acc = tl.dot(_weight_tile(down, down_tma, expert * HIDDEN + h0, k, INNER, BLOCK_H, BLOCK_K, TMA), tokens, acc)
     acc *= tl.load(weights + pair)[None, :]
-    to = partial + pair.to(tl.int64)[None, :] * H + (h0 + tl.arange(0, BLOCK_H))[:, None]
+    to = partial + pair.to(tl.int64)[None, :] * HIDDEN + (h0 + tl.arange(0, BLOCK_H))[:, None]
     tl.store(to, acc.to(partial.dtype.element_ty), mask=live[None, :])
 
 
@@ -168,11 +168,11 @@ def _shared_pairs(ids, index, tile, num_tokens, SLOTS: tl.constexpr, NUM_SHARED:
 @triton.jit(do_not_specialize=["num_tokens"])
 def _up_grouped(
     x, gate_up, gate_up_tma, ids, pairs, counts, hidden, num_tokens, x_stride,
-    E: tl.constexpr, SLOTS: tl.constexpr, NUM_SHARED: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    E: tl.constexpr, SLOTS: tl.constexpr, NUM_SHARED: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    BLOCKS: tl.constexpr = I // BLOCK_I
+    BLOCKS: tl.constexpr = INNER // BLOCK_I
     unit = tl.program_id(0) // BLOCKS
     i0 = tl.program_id(0) % BLOCKS * BLOCK_I
     tiles = (num_tokens + TOKENS - 1) // TOKENS
@@ -183,7 +183,7 @@ def _up_grouped(
         pair, live = _shared_pairs(ids, index, unit % tiles, num_tokens, SLOTS, NUM_SHARED, TOKENS)
         _up_tile(
             x, gate_up, gate_up_tma, hidden, E - NUM_SHARED + index, pair, live, i0, x_stride,
-            SLOTS, H, I, TOKENS, BLOCK_I, BLOCK_K, TMA, STAGES,
+            SLOTS, HIDDEN, INNER, TOKENS, BLOCK_I, BLOCK_K, TMA, STAGES,
         )  # fmt: skip
     else:
         expert = unit - NUM_SHARED * tiles
@@ -193,18 +193,18 @@ def _up_grouped(
             pair = tl.load(pairs + expert * num_tokens + j, mask=j < count, other=0)
             _up_tile(
                 x, gate_up, gate_up_tma, hidden, expert, pair, j < count, i0, x_stride,
-                SLOTS, H, I, TOKENS, BLOCK_I, BLOCK_K, TMA, STAGES,
+                SLOTS, HIDDEN, INNER, TOKENS, BLOCK_I, BLOCK_K, TMA, STAGES,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _down_grouped(
     hidden, down, down_tma, ids, weights, pairs, counts, partial, num_tokens,
-    E: tl.constexpr, SLOTS: tl.constexpr, NUM_SHARED: tl.constexpr, H: tl.constexpr, I: tl.constexpr,
+    E: tl.constexpr, SLOTS: tl.constexpr, NUM_SHARED: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    BLOCKS: tl.constexpr = H // BLOCK_H
+    BLOCKS: tl.constexpr = HIDDEN // BLOCK_H
     unit = tl.program_id(0) // BLOCKS
     h0 = tl.program_id(0) % BLOCKS * BLOCK_H
     tiles = (num_tokens + TOKENS - 1) // TOKENS
@@ -215,7 +215,7 @@ def _down_grouped(
         pair, live = _shared_pairs(ids, index, unit % tiles, num_tokens, SLOTS, NUM_SHARED, TOKENS)
         _down_tile(
             hidden, down, down_tma, weights, partial, E - NUM_SHARED + index, pair, live, h0,
-            H, I, TOKENS, BLOCK_H, BLOCK_K, TMA, STAGES,
+            HIDDEN, INNER, TOKENS, BLOCK_H, BLOCK_K, TMA, STAGES,
         )  # fmt: skip
     else:
         expert = unit - NUM_SHARED * tiles
@@ -225,14 +225,14 @@ def _down_grouped(
             pair = tl.load(pairs + expert * num_tokens + j, mask=j < count, other=0)
             _down_tile(
                 hidden, down, down_tma, weights, partial, expert, pair, j < count, h0,
-                H, I, TOKENS, BLOCK_H, BLOCK_K, TMA, STAGES,
+                HIDDEN, INNER, TOKENS, BLOCK_H, BLOCK_K, TMA, STAGES,
             )  # fmt: skip
 
 
 @triton.jit
 def _sum_slots(
     partial, ids, out,
-    SLOTS: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, DEPENDENT: tl.constexpr,
+    SLOTS: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_H: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -240,9 +240,9 @@ def _sum_slots(
     dependency_wait(DEPENDENT)
     release_dependents(DEPENDENT)
     live = tl.load(ids + token * SLOTS + slot, mask=slot < SLOTS, other=-1) >= 0
-    at = (token.to(tl.int64) * SLOTS + slot)[:, None] * H + h[None, :]
+    at = (token.to(tl.int64) * SLOTS + slot)[:, None] * HIDDEN + h[None, :]
     value = tl.load(partial + at, mask=live[:, None], other=0.0).to(tl.float32)
-    tl.store(out + token.to(tl.int64) * H + h, tl.sum(value, 0).to(out.dtype.element_ty))
+    tl.store(out + token.to(tl.int64) * HIDDEN + h, tl.sum(value, 0).to(out.dtype.element_ty))
 
 
 @dataclass(frozen=True)
@@ -283,13 +283,13 @@ class MoeExperts:
         launch = _launch(config)
         _up_rows[inner // config.up_rows, tokens * slots](
             x, gate_up, ids, hidden, x.stride(0),
-            E=num_experts, SLOTS=slots, NUM_SHARED=self.num_shared, H=size, I=inner, BLOCK_I=config.up_rows,
+            E=num_experts, SLOTS=slots, NUM_SHARED=self.num_shared, HIDDEN=size, INNER=inner, BLOCK_I=config.up_rows,
             BLOCK_K=_power_of_2_in(size, 2048), DEPENDENT=config.dependent, num_warps=4, **launch,
         )  # fmt: skip
         padded = triton.next_power_of_2(slots)
         _down_rows[size // config.down_rows, tokens](
             hidden, down, ids, weights, out,
-            SLOTS=slots, PADDED=padded, H=size, I=inner, BLOCK_H=config.down_rows,
+            SLOTS=slots, PADDED=padded, HIDDEN=size, INNER=inner, BLOCK_H=config.down_rows,
             BLOCK_I=_power_of_2_in(inner, 512), DEPENDENT=config.dependent,
             num_warps=4 if padded * config.down_rows * inner <= 24_576 else 8, **launch,
         )  # fmt: skip
@@ -309,7 +309,7 @@ class MoeExperts:
         _list_tokens[num_routed,](
             ids, pairs, counts, ids.numel(), tokens, BLOCK=block, DEPENDENT=config.dependent, num_warps=4, **launch
         )
-        shape = {"E": num_experts, "SLOTS": slots, "NUM_SHARED": self.num_shared, "H": size, "I": inner}
+        shape = {"E": num_experts, "SLOTS": slots, "NUM_SHARED": self.num_shared, "HIDDEN": size, "INNER": inner}
         common = {"TOKENS": tile, "TMA": config.tma, "STAGES": config.stages, "DEPENDENT": config.dependent}
         warps = 4 if tile <= 64 else 8
         hidden = torch.empty(tokens * slots, inner, dtype=x.dtype, device=device)
@@ -328,7 +328,7 @@ class MoeExperts:
         )  # fmt: skip
         block_h = _power_of_2_in(size, 512)
         _sum_slots[tokens, size // block_h](
-            partial, ids, out, SLOTS=slots, PADDED=triton.next_power_of_2(slots), H=size, BLOCK_H=block_h,
+            partial, ids, out, SLOTS=slots, PADDED=triton.next_power_of_2(slots), HIDDEN=size, BLOCK_H=block_h,
             DEPENDENT=config.dependent, num_warps=4, **launch,
         )  # fmt: skip
 

@@ -147,3 +147,9 @@ def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
     for name in ("one.safetensors", "two.safetensors"):
         save_file({"a": torch.zeros(2)}, tmp_path / name)
     assert "tensor a is also in one.safetensors" in refused(tmp_path)
+
+
+def test_model_safetensors_goes_before_other_files(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / FILE)
+    save_file({"b": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
+    assert list(read_headers(tmp_path)) == ["a"]

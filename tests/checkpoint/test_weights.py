@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import gguf
@@ -14,7 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from tests.checkpoint.toy_gguf import GGUFType, write_llama
 from tests.models.paged import PagedModel
-from tests.models.test_llama import checkpoint, error, expected, tokens
+from tests.models.reference import checkpoint, error, expected, tokens
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import Source, resolve
 from tokenspeed.checkpoint.weights import default_dtype, iterate_weights, load_weights
@@ -132,13 +134,21 @@ def test_what_old_exports_carry_along_is_ignored(tmp_path: Path) -> None:
     assert error(logits(resolve(str(tmp_path)), ids), expected(reference, ids)) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["output_norm.weight", "blk.0.attn_q.weight", "token_embd.weight"])
-def test_an_unknown_gguf_tensor_is_named(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "renamed"),
+    [
+        ("blk.0.attn_q.weight", "blk.0.attn_x.weight"),
+        ("blk.0.attn_q.weight", "blk.7.attn_q.weight"),
+        ("token_embd.weight", "taken_embd.weight"),
+    ],
+)
+def test_an_unknown_gguf_tensor_is_named(tmp_path: Path, name: str, renamed: str) -> None:
     write_llama(tmp_path / "toy.gguf", checkpoint(tmp_path))
     content = (tmp_path / "toy.gguf").read_bytes()
-    renamed = name[:-3] + "xyz"
     (tmp_path / "toy.gguf").write_bytes(content.replace(name.encode(), renamed.encode(), 1))
-    assert renamed in refused(resolve(str(tmp_path / "toy.gguf")))
+    message = refused(resolve(str(tmp_path / "toy.gguf")))
+    assert "1 missing (model." in message and "1 extra (" in message
+    assert renamed in message or "model.layers.7.self_attn.q_proj.weight" in message
 
 
 @pytest.mark.parametrize(
@@ -171,24 +181,21 @@ def test_the_default_dtype_is_what_the_machine_computes_fast(
     assert default_dtype(config, Platform(vendor, "", frozenset(isa))) is computed
 
 
-def without_tokenizer(path: Path, copy: Path) -> None:
-    """Copy a GGUF without its vocabulary, which `transformers` takes 15 s to parse, by the `gguf` package alone."""
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(copy, "llama")
-    for name, field in reader.fields.items():
-        if name.startswith("llama."):
-            writer.add_key_value(name, field.contents(), field.types[0])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+DEMO_DIGEST = "849ea5f33c8dcd4c792bcb8609ea8236cee2394b9438e06a6d4698563ea52262"
+"""Of the embedded model's tensors as `transformers` loads them; `python -m tests.checkpoint.test_weights` prints it."""
 
 
-def test_the_embedded_model_gives_the_logits_and_tokens_of_transformers(tmp_path: Path) -> None:
-    source = resolve(None)
-    without_tokenizer(source.path, tmp_path / "slim.gguf")
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of names, shapes and float32 values, in the order of the names."""
+    total = hashlib.sha256()
+    parts = {name: hashlib.sha256(tensor.float().numpy().data) for name, tensor in tensors}
+    for name in sorted(parts):
+        total.update(name.encode() + parts[name].digest())
+    return total.hexdigest()
+
+
+def demo_reference() -> transformers.LlamaForCausalLM:
+    """The embedded model's architecture in `transformers`, without memory for its weights."""
     config = transformers.LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -203,21 +210,26 @@ def test_the_embedded_model_gives_the_logits_and_tokens_of_transformers(tmp_path
     )
     with torch.device("meta"):
         reference = transformers.LlamaForCausalLM(config)
-    theirs = load_gguf_checkpoint(str(tmp_path / "slim.gguf"), return_tensors=True, model_to_load=reference)["tensors"]
-    reference.load_state_dict(theirs, strict=False, assign=True)
-    reference.tie_weights()
     reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
-    reference.eval()
+    return reference.eval()
+
+
+def test_the_embedded_model_gives_the_logits_and_tokens_of_transformers() -> None:
+    source = resolve(None)
+    weights = dict(iterate_weights(source))
+    assert digest(weights.items()) == DEMO_DIGEST
+    reference = demo_reference()
+    reference.load_state_dict(weights, strict=False, assign=True)
+    reference.tie_weights()
 
     model = build(source)
     load_weights(model, source)
     paged = PagedModel(model, block_size=BLOCK, dtype=torch.float32)
-    # "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n" and random tokens
+    # "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n", then scattered ids.
     question = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
-    for name, prompt in (("question", question), ("random", [t % 49152 for t in range(17, 9_000_000, 150_001)])):
+    for name, prompt in (("question", question), ("scattered", [t % 49152 for t in range(17, 9_000_000, 150_001)])):
         got = paged.step([(name, prompt)])[0]
-        want = expected(reference, prompt)
-        assert error(got, want) < 1e-4
+        assert error(got, expected(reference, prompt)) < 1e-4
         ids = list(prompt)
         for _ in range(12):
             ids.append(int(got[-1].argmax()))
@@ -225,3 +237,8 @@ def test_the_embedded_model_gives_the_logits_and_tokens_of_transformers(tmp_path
         want = expected(reference, ids)
         assert ids[len(prompt) :] == want[len(prompt) - 1 : -1].argmax(-1).tolist()
         assert error(got, want[-1:]) < 1e-4
+
+
+if __name__ == "__main__":
+    loaded = load_gguf_checkpoint(str(resolve(None).path), return_tensors=True, model_to_load=demo_reference())
+    print(digest(loaded["tensors"].items()))

@@ -33,17 +33,19 @@ class World:
     prefix_caching: bool
     overlap: int
     not_finite: float
+    ends: float  # chance that a call is an abort, and that it is a finish
+    hungry: bool  # requests are short and go on to their greatest length, so that they starve each other
 
     @staticmethod
     def draw(rng: np.random.Generator) -> World:
-        block_size = int(rng.integers(1, 6))
-        rows = int(rng.integers(1, 7))
+        block_size = int(rng.integers(1, 5))
+        rows = int(rng.integers(1, 9))
         return World(
-            num_blocks=int(rng.integers(2, 24)),
+            num_blocks=int(rng.integers(2, 10)) if rng.random() < 0.3 else int(rng.integers(8, 24)),
             limits=BatchLimits(
                 max_rows=rows,
                 max_tokens=rows + int(rng.integers(0, 20)),
-                max_blocks=int(rng.integers(3, 16)),
+                max_blocks=int(rng.integers(6, 24)),
                 block_size=block_size,
             ),
             max_model_len=int(rng.integers(4, 100)),
@@ -51,6 +53,8 @@ class World:
             prefix_caching=bool(rng.random() < 0.85),
             overlap=int(rng.integers(0, 2)),
             not_finite=float(rng.choice([0.0, 0.01, 0.05])),
+            ends=float(rng.choice([0.002, 0.03])),
+            hungry=bool(rng.random() < 0.5),
         )
 
 
@@ -90,9 +94,12 @@ class Fuzz:
 
     def step(self) -> None:
         calls = (self.submit, self.advance, self.run_some, self.abort, self.finish, self.misuse)
-        call = calls[int(self.rng.choice(len(calls), p=(0.12, 0.74, 0.06, 0.03, 0.03, 0.02)))]
+        ends = self.world.ends
+        call = calls[int(self.rng.choice(len(calls), p=(0.12, 0.8 - 2 * ends, 0.06, ends, ends, 0.02)))]
         if not self.oracle.requests:
             call = self.submit
+        elif self.rng.random() < 0.1 and any(r.state == "retracting" for r in self.oracle.requests.values()):
+            call = self.abort if self.rng.random() < 0.5 else self.finish
         call()
         self.compare()
 
@@ -111,7 +118,8 @@ class Fuzz:
     def submit(self) -> None:
         rng = self.rng
         template = self.templates[int(rng.integers(len(self.templates)))]
-        shared = int(len(template) * rng.random() ** 3)  # short as a rule, so that many run at once
+        hungry = self.world.hungry
+        shared = int(len(template) * (0.3 if hungry else 0.8) * rng.random() ** 2)
         prompt = template[:shared] + rng.integers(0, VOCAB, int(rng.integers(0, 6))).tolist()
         if rng.random() < 0.03:
             prompt = [*prompt, -1]
@@ -119,8 +127,8 @@ class Fuzz:
         request_id = self.ids
         if self.generated and rng.random() < 0.05:
             request_id = int(rng.choice(list(self.oracle.requests) or [self.ids]))
-        stop_ids = rng.integers(0, VOCAB, int(rng.random() < 0.3)).tolist()
-        max_tokens = None if rng.random() < 0.3 else int(rng.integers(1, 40))
+        stop_ids = rng.integers(0, VOCAB, int(not hungry and rng.random() < 0.4)).tolist()
+        max_tokens = None if hungry or rng.random() < 0.1 else int(rng.integers(1, 40))
         min_tokens, priority = int(rng.choice([0, 0, 3])), int(rng.choice([0, 0, 0, -1, 1]))
         reuse_prefix = bool(rng.random() < 0.9)
         refusal = self.core.submit(
@@ -152,6 +160,8 @@ class Fuzz:
 
     def some_request(self) -> int:
         live = list(self.oracle.requests)
+        if self.rng.random() < 0.4:
+            live = [request.id for request in self.oracle.leaving()] or live
         return int(self.rng.choice(live)) if live and self.rng.random() < 0.95 else self.ids + 100
 
     def abort(self) -> None:
@@ -212,7 +222,9 @@ class Fuzz:
         positions = [(owner[slot], position) for slot, position, _ in plan.table_delta.tolist()]
         assert positions == expected.new_blocks
         self.seen["rows"] += plan.num_rows
-        self.seen["hit blocks"] += sum(row.computed // self.oracle.size for row in expected.rows[plan.num_rows - plan.num_bound :])
+        self.seen["hit blocks"] += sum(
+            row.computed // self.oracle.size for row in expected.rows[plan.num_rows - plan.num_bound :]
+        )
 
     def commit(self) -> None:
         step = self.shadow.launched[0].number
@@ -239,7 +251,8 @@ class Fuzz:
         if launched:
             two: Int32Array = np.zeros(self.world.limits.max_rows + 1, np.int32)
             expect_misuse(lambda: self.core.commit(launched[0].number, two.reshape(-1, 1), two))
-        expect_misuse(lambda: self.core.plan(-1.0, self.buffers[0]))
+        if self.planned:
+            expect_misuse(lambda: self.core.plan(-1.0, self.buffers[0]))
         expect_misuse(lambda: self.core.tokens_of(self.ids + 100))
         self.seen["misuse"] += 1
 

@@ -109,18 +109,17 @@ class Oracle:
         priority: int,
         reuse_prefix: bool,
     ) -> Refusal | None:
-        if request_id in self.requests:
-            return Refusal.DUPLICATE_ID
-        if not prompt:
-            return Refusal.EMPTY
-        if len(prompt) >= self.max_model_len:
-            return Refusal.TOO_LONG
-        if len(prompt) + 1 > self.max_length:
-            return Refusal.TOO_LONG_FOR_CACHE
-        if min(prompt + stop_ids) < 0:
-            return Refusal.BAD_TOKEN
-        if len(self.waiting()) >= self.max_queued:
-            return Refusal.QUEUE_FULL
+        no = (
+            (request_id in self.requests, Refusal.DUPLICATE_ID),
+            (not prompt, Refusal.EMPTY),
+            (len(prompt) >= self.max_model_len, Refusal.TOO_LONG),
+            (len(prompt) + 1 > self.max_length, Refusal.TOO_LONG_FOR_CACHE),
+            (min(prompt + stop_ids, default=0) < 0, Refusal.BAD_TOKEN),
+            (len(self.waiting()) >= self.max_queued, Refusal.QUEUE_FULL),
+        )
+        for applies, refusal in no:
+            if applies:
+                return refusal
         length = self.max_length if max_tokens is None else min(self.max_length, len(prompt) + max_tokens)
         self.requests[request_id] = Request(
             request_id, list(prompt), len(prompt), length, min_tokens, frozenset(stop_ids), salt, priority,

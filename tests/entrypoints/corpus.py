@@ -74,7 +74,9 @@ MODEL_AND_PROMPT = [
     Case("image part", ONLY_CHAT, user([{"type": "text", "text": "x"}, IMAGE]), "messages[0].content[1].type"),
     Case("tool calls in history", ONLY_CHAT, user("x", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
     Case("name a number", ONLY_CHAT, user("x", name=1), "messages[0].name"),
-    Case("second message bad", ONLY_CHAT, {"messages": [*user("x")["messages"], {"role": "user"}]}, "messages[1].content"),
+    Case(
+        "second message bad", ONLY_CHAT, {"messages": [*user("x")["messages"], {"role": "user"}]}, "messages[1].content"
+    ),
     Case("chat over the context", ONLY_CHAT, user("x" * 600), "messages"),
     Case("chat far over the context", ONLY_CHAT, user("x " * 1_000_000), "messages"),
     Case("prompt missing", ONLY_COMPLETION, {"prompt": ...}, "prompt"),
@@ -126,7 +128,9 @@ SAMPLING = [
     Case("max_tokens a numeral", BOTH, {"max_tokens": "8"}, "max_tokens"),
     Case("max_tokens over the context", ONLY_CHAT, {"max_tokens": 5000}, "messages"),
     Case("max_tokens over the context", ONLY_COMPLETION, {"max_tokens": 5000}, "prompt"),
-    Case("max_completion_tokens 0", ONLY_CHAT, {"max_completion_tokens": 0, "max_tokens": ...}, "max_completion_tokens"),
+    Case(
+        "max_completion_tokens 0", ONLY_CHAT, {"max_completion_tokens": 0, "max_tokens": ...}, "max_completion_tokens"
+    ),
     Case("two limits", ONLY_CHAT, {"max_completion_tokens": 5, "max_tokens": 6}, "max_tokens"),
     Case("min_tokens over max_tokens", BOTH, {"min_tokens": 9}, "min_tokens"),
     Case("min_tokens -1", BOTH, {"min_tokens": -1}, "min_tokens"),
@@ -188,7 +192,9 @@ DELIVERY = [
     Case("return_token_ids 1", BOTH, {"return_token_ids": 1}, "return_token_ids"),
     Case("chat_template_kwargs a list", ONLY_CHAT, {"chat_template_kwargs": [1]}, "chat_template_kwargs"),
     Case("chat_template_kwargs deep", ONLY_CHAT, {"chat_template_kwargs": deep(100)}, "chat_template_kwargs"),
-    Case("chat_template_kwargs long", ONLY_CHAT, {"chat_template_kwargs": {"a": "x" * 100_000}}, "chat_template_kwargs"),
+    Case(
+        "chat_template_kwargs long", ONLY_CHAT, {"chat_template_kwargs": {"a": "x" * 100_000}}, "chat_template_kwargs"
+    ),
     Case(
         "chat_template_kwargs with messages",
         ONLY_CHAT,
@@ -205,7 +211,10 @@ DELIVERY = [
     ),
     Case("stream_options a list", BOTH, {"stream": True, "stream_options": []}, "stream_options"),
     Case(
-        "include_usage 1", BOTH, {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"
+        "include_usage 1",
+        BOTH,
+        {"stream": True, "stream_options": {"include_usage": 1}},
+        "stream_options.include_usage",
     ),
 ]
 
@@ -219,7 +228,7 @@ NOT_STREAMED = [
 UNSUPPORTED = [
     Case("tools", BOTH, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     Case("tools not a list", BOTH, {"tools": {"name": "f"}}, "tools"),
-    Case("tool_choice auto", BOTH, {"tool_choice": "auto"}, "tool_choice"),
+    Case("tool_choice auto without tools", BOTH, {"tool_choice": "auto"}, None, 200),
     Case("tool_choice named", BOTH, {"tool_choice": {"type": "function"}}, "tool_choice"),
     Case("functions", BOTH, {"functions": [{"name": "f"}]}, "functions"),
     Case("function_call", BOTH, {"function_call": "auto"}, "function_call"),
@@ -257,7 +266,13 @@ FINE = [
     Case("extras", BOTH, {"min_tokens": 1, "ignore_eos": True, "bad_words": ["x"], "priority": -1}, None, 200),
     Case("NUL in text", ONLY_CHAT, user("a\0b"), None, 200),
     Case("NUL in text", ONLY_COMPLETION, {"prompt": "a\0b"}, None, 200),
-    Case("parts", ONLY_CHAT, user([{"type": "text", "text": "a", "cache_control": {}}, {"type": "text", "text": "b"}]), None, 200),
+    Case(
+        "parts",
+        ONLY_CHAT,
+        user([{"type": "text", "text": "a", "cache_control": {}}, {"type": "text", "text": "b"}]),
+        None,
+        200,
+    ),
     Case("developer", ONLY_CHAT, {"messages": [{"role": "developer", "content": "x"}]}, None, 200),
     Case("control text in content", ONLY_CHAT, user("<|turn|>system:"), None, 200),
     Case("max_completion_tokens", ONLY_CHAT, {"max_completion_tokens": 8, "max_tokens": ...}, None, 200),
@@ -284,7 +299,10 @@ BAD_BODIES: list[tuple[str, bytes]] = [
     ("10^5 digits", _OPEN + b', "seed": ' + b"1" * 100_000 + b"}"),
     ("1e400", _OPEN + b', "temperature": 1e400}'),
     ("invalid UTF-8", _OPEN + b', "user": "\xff\xfe"}'),
-    ("invalid UTF-8 in text", b'{"model": "echo", "prompt": "\xff", "messages": [{"role": "user", "content": "\xff"}]}'),
+    (
+        "invalid UTF-8 in text",
+        b'{"model": "echo", "prompt": "\xff", "messages": [{"role": "user", "content": "\xff"}]}',
+    ),
     ("overlong UTF-8", _OPEN + b', "user": "\xc0\x80"}'),
     (
         "lone surrogate",

@@ -52,7 +52,12 @@ class TurnTemplate:
     """`<|turn|>` before each message, which is role, colon, content."""
 
     def render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, continue_final_message: bool, **kwargs: Any
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        **kwargs: Any,
     ) -> list[Span]:
         if "fail" in kwargs:
             raise InvalidRequest("the chat template refused the conversation", param="messages")
@@ -161,7 +166,9 @@ class FakeStream:
 
     def _prompt_logprobs(self) -> list[TokenLogprob | None] | None:
         k = self.params.prompt_logprobs
-        return None if k is None else [None, *(logprob(token_id, k) for token_id in self.prompt_token_ids[1:])]
+        if k is None or len(self.prompt_token_ids) == 1:
+            return None
+        return [None, *(logprob(token_id, k) for token_id in self.prompt_token_ids[1:])]
 
     def _put(self, index: int, **values: Any) -> None:
         self._engine.generated += len(values.get("token_ids", ()))

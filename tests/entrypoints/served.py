@@ -18,7 +18,8 @@ from tests.entrypoints.fake_engine import FakeEngine
 from tokenspeed.entrypoints.auth import Keys
 from tokenspeed.entrypoints.door import Door
 from tokenspeed.entrypoints.limits import Limits
-from tokenspeed.entrypoints.server import Server, bind
+from tokenspeed.entrypoints.listen import bind
+from tokenspeed.entrypoints.server import Server
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Reply:
 class Served:
     """`engine` and `door` live on the server's loop: change them with `call`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, engine: FakeEngine, door: Door, server: Server, port: int) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, engine: FakeEngine, door: Door, server: Server, port: int
+    ) -> None:
         self.loop = loop
         self.engine = engine
         self.door = door
@@ -134,9 +137,7 @@ def serving(
 
 def chat(**fields: Any) -> dict[str, Any]:
     """A valid chat body, changed by `fields`; a field that is `...` is left out."""
-    return _without(
-        {"model": "echo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, **fields}
-    )
+    return _without({"model": "echo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, **fields})
 
 
 def completion(**fields: Any) -> dict[str, Any]:

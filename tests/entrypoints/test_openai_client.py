@@ -148,8 +148,17 @@ def test_max_tokens_0_with_echo_scores_the_prompt_and_generates_nothing(client: 
     assert usage is not None and (usage.prompt_tokens, usage.completion_tokens) == (2, 0)
 
 
+def test_a_prompt_of_one_token_is_echoed_with_its_one_entry(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="echo", prompt="a", max_tokens=1, logprobs=0, echo=True)
+    assert whole.choices[0].logprobs is not None
+    assert whole.choices[0].logprobs.tokens == ["a", "a"]
+    assert whole.choices[0].logprobs.token_logprobs == [None, -0.5]
+
+
 @pytest.mark.parametrize("prompts", [["ab", "xyz"], [[97, 98], [120, 121, 122]]])
-def test_batched_prompts_are_numbered_prompt_by_prompt(client: openai.OpenAI, prompts: list[str] | list[list[int]]) -> None:
+def test_batched_prompts_are_numbered_prompt_by_prompt(
+    client: openai.OpenAI, prompts: list[str] | list[list[int]]
+) -> None:
     whole = client.completions.create(model="echo", prompt=prompts, n=2, max_tokens=3, echo=True)
     assert [(c.index, c.text) for c in whole.choices] == [(0, "ababa"), (1, "ababa"), (2, "xyzxyz"), (3, "xyzxyz")]
     assert whole.usage is not None
@@ -172,11 +181,12 @@ def test_token_ids_come_back_when_asked_for(client: openai.OpenAI) -> None:
     assert whole.choices[0].model_extra is not None
     assert whole.choices[0].model_extra["token_ids"] == [97, 98, 97]
     assert whole.choices[0].model_extra["prompt_token_ids"] == [97, 98]
-    talk = client.chat.completions.create(
-        model="echo", messages=MESSAGES, max_tokens=2, extra_body=extra, stream=True
-    )
+    talk = client.chat.completions.create(model="echo", messages=MESSAGES, max_tokens=2, extra_body=extra, stream=True)
     chunks = list(talk)
-    assert [chunk.choices[0].model_extra["token_ids"] for chunk in chunks if chunk.choices[0].model_extra] == [[258], [117]]
+    assert [chunk.choices[0].model_extra["token_ids"] for chunk in chunks if chunk.choices[0].model_extra] == [
+        [258],
+        [117],
+    ]
     assert chunks[0].model_extra is not None and chunks[0].model_extra["prompt_token_ids"][0] == 258
 
 

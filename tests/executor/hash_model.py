@@ -25,6 +25,7 @@ class HashModel:
     def forward(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor:
         self.inputs.append(inputs)
         numbers, copies = kv[1]
+        assert 0 <= int(inputs.token_ids.min()) <= int(inputs.token_ids.max()) < VOCAB
         written = (31 * inputs.token_ids + 17 * inputs.positions) % 997
         numbers.view(-1, 1)[inputs.kv_slots] = written[:, None].to(numbers.dtype)
         copies.view(-1, 2)[inputs.kv_slots] = written[:, None].to(copies.dtype)

@@ -54,7 +54,7 @@ class Step:
 
 
 class RandomPlanner:
-    """Chunks, preempts and reuses slots and blocks as `rng` pleases. Slots and blocks are handed out last in, first out."""
+    """Chunks, preempts, and hands out slots and blocks, last in, first out, as `rng` pleases."""
 
     def __init__(self, limits: BatchLimits, num_blocks: int, requests: Sequence[Request], rng: random.Random) -> None:
         self.limits, self.rng = limits, rng
@@ -160,7 +160,9 @@ class RandomPlanner:
         buffers.table_delta[: len(deltas)] = np.array(deltas, dtype=np.int32).reshape(-1, 3)
         order = self.rng.sample(range(len(bound)), len(bound))
         for at, index in enumerate(order):
-            buffers.bound[at] = bound[index].slot, index
+            slot = bound[index].slot
+            assert slot is not None
+            buffers.bound[at] = slot, index
         released, self.released = self.released, []
         buffers.released[: len(released)] = released
         self.step += 1

@@ -307,6 +307,18 @@ def test_a_plan_that_contradicts_the_device_stops_the_engine() -> None:
     assert "second tier" in fault(plan_of(buffers, [(0, 0, (1, 2))], bound=[0], deltas=[(0, 0, 3)], copies=1), bound)
 
 
+def test_a_slot_that_changes_hands_leaves_no_blocks_behind() -> None:
+    async def run() -> None:
+        executor = executor_of(HashModel())
+        await executor.launch(first_plan(executor), [binding_of([1, 2])]).tokens()
+        again = plan_of(executor.new_buffers(), [(0, 0, (1, 2))], step=2, bound=[0])
+        with pytest.raises(InvariantBroken, match="no block"):
+            await executor.launch(again, [binding_of([1, 2])]).tokens()
+        executor.close()
+
+    asyncio.run(run())
+
+
 def test_an_empty_cache_costs_no_memory_until_it_is_written() -> None:
     def resident() -> int:
         with open("/proc/self/statm") as statm:
@@ -323,8 +335,6 @@ def test_the_executors_own_work_is_small() -> None:
     limits = BatchLimits(max_rows=4, max_tokens=8, max_blocks=1000, block_size=16)
 
     class Nothing(HashModel):
-        spent = 0.0
-
         def forward(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor:
             return torch.zeros(len(inputs.token_ids), 1)
 
@@ -337,7 +347,8 @@ def test_the_executors_own_work_is_small() -> None:
         best = 1.0
         for start in range(0, 4000, 1000):
             slot = start // 1000
-            plan = plan_of(executor.new_buffers(), [(slot, 15_000, (1,))], bound=[slot], deltas=deltas[start : start + 1000])
+            table = deltas[start : start + 1000]
+            plan = plan_of(executor.new_buffers(), [(slot, 15_000, (1,))], bound=[slot], deltas=table)
             await executor.launch(plan, [binding_of([1] * 15_001)]).tokens()
         for step in range(20):
             rows = [(slot, 15_001 + step, (ON_DEVICE,)) for slot in range(4)]

@@ -88,6 +88,18 @@ def test_a_length_that_the_table_cannot_hold_is_an_error(length: int, generator:
         decode()(q, k, v, table, kv_len, kv_lens, scale)
 
 
+def test_a_table_that_is_a_slice_is_not_read_past_its_columns(generator: torch.Generator) -> None:
+    q, k, v, table, kv_len, kv_lens, scale = PAGED.decode_arguments(generator, torch.float32)
+    wide = torch.zeros(3, table.shape[1] + 8, dtype=torch.int32)
+    sliced = wide[:, 8:]
+    sliced.copy_(table)
+    assert torch.equal(
+        decode()(q, k, v, sliced, kv_len, kv_lens, scale), decode()(q, k, v, table, kv_len, kv_lens, scale)
+    )
+    with pytest.raises(IndexError, match="row 0"):
+        decode()(q, k, v, sliced[:, :5], kv_len, kv_lens, scale)
+
+
 def test_more_new_tokens_than_the_row_has_are_an_error(generator: torch.Generator) -> None:
     arguments = list(Paged(((5, 9), (4, 8)), 6, 2, 64, 16).arguments(generator, torch.float32))
     arguments[5] = torch.tensor([9, 3], dtype=torch.int32)

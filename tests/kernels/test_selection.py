@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -299,6 +300,12 @@ def test_a_head_that_the_compiled_kernels_cannot_take_goes_to_the_reference() ->
     target = Target(Platform.of(torch.device("cpu")), torch.float32)
     explanation = selection.default().explain("mha_decode", target, {**ATTENTION, "head_dim": 72})
     assert explanation.chosen is not None and explanation.chosen.backend == "reference"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_face_of_an_op_passes_exactly_its_traits(op: str) -> None:
+    target, *traits = inspect.signature(getattr(ops, op)).parameters
+    assert target == "target" and set(traits) == set(OPS[op])
 
 
 def test_every_op_is_on_the_command_lines_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from tests.models.paged import PagedModel
-from tests.toy import VOCAB_SIZE, toy_llama
+from tests.models.reference import LENGTH, checkpoint, error, expected, tokens
 from tokenspeed.checkpoint.config import read_model_config
 from tokenspeed.checkpoint.source import resolve
 from tokenspeed.checkpoint.weights import load_weights
-from tokenspeed.errors import CheckpointError
+from tokenspeed.errors import CheckpointError, ConfigError
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.llama import LlamaForCausalLM
 from tokenspeed.models.registry import build_model
@@ -38,20 +36,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
 BLOCK = 16
-LENGTH = 75
 TOLERANCE = 1e-4
-
-
-def checkpoint(folder: Path, *, max_shard_size: str = "1GB", **changes: object) -> transformers.LlamaForCausalLM:
-    """A toy Llama on disk whose norms and biases, constant when fresh, are random too."""
-    reference = toy_llama(folder, **changes)
-    generator = torch.Generator().manual_seed(5)
-    for parameter in reference.parameters():
-        if parameter.dim() == 1:
-            noise = torch.rand(parameter.shape, generator=generator) - 0.5
-            parameter.data.add_(noise)
-    reference.save_pretrained(folder, max_shard_size=max_shard_size)
-    return reference
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PagedModel:
@@ -60,22 +45,6 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PagedModel:
     model = build_model(read_model_config(source), ctx)
     load_weights(model, source)
     return PagedModel(model, block_size=BLOCK, dtype=dtype)
-
-
-def tokens(seed: int, length: int = LENGTH) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(VOCAB_SIZE) for _ in range(length)]
-
-
-def expected(reference: transformers.LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        return reference(torch.tensor([ids])).logits[0]
-
-
-def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, in units of the largest logit; NaN is infinite."""
-    difference = (ours - theirs).abs().max() / theirs.abs().max()
-    return float(difference.nan_to_num(nan=torch.inf))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -186,6 +155,7 @@ def test_the_comparison_notices_a_planted_fault(tmp_path: Path, plant: object) -
     [
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": "false"}, "attention_bias"),
         ({"head_dim": 15}, "head_dim"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
@@ -219,3 +189,12 @@ def test_a_configuration_that_cannot_be_built_is_one_line(
         build_model(read_model_config(resolve(str(tmp_path))), ctx)
     message = str(failure.value)
     assert named in message and "config.json" in message and "\n" not in message
+
+
+def test_a_model_too_large_for_the_machine_is_one_line(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"hidden_size": 1 << 20, "vocab_size": 1 << 24}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"no memory for (model\.embed_tokens|lm_head): \[16777216, 1048576\]"):
+        load(tmp_path)

@@ -19,10 +19,25 @@ cdef extern from "<span>" namespace "std" nogil:
         ByteSpan()
 
 
+cdef extern from "hash.h" namespace "tokenspeed" nogil:
+    cdef cppclass HashKey:
+        pass
+
+    cdef cppclass Hash:
+        pass
+
+    cdef cppclass ChainHasher:
+        ChainHasher(HashKey key)
+        Hash root(ByteSpan salt) const
+        Hash next(const Hash& previous, TokenSpan block) const
+
+    Hash siphash128(HashKey key, ByteSpan message)
+
+
 cdef extern from "door.h" namespace "tokenspeed" nogil:
     ByteSpan as_bytes(const char* data, size_t size)
     HashKey hash_key(const char* data)
-    string siphash128(const char* key, const char* data, size_t size)
+    string digest(const Hash& hash)
     string current_exception_message()
     cbool current_exception_is_bad_alloc()
 
@@ -48,11 +63,6 @@ cdef extern from "types.h" namespace "tokenspeed" nogil:
         kNoSuchStep
         kWrongShape
         kBadResult
-
-
-cdef extern from "hash.h" namespace "tokenspeed" nogil:
-    cdef cppclass HashKey:
-        pass
 
 
 cdef extern from "sequence.h" namespace "tokenspeed" nogil:

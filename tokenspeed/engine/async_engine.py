@@ -123,12 +123,13 @@ class AsyncEngine:
         try:
             source = await asyncio.to_thread(resolve, self.config.model, self.config.load_format)
             await self._link.start(self.config, self._receive)
-            self._text, model = await asyncio.to_thread(_load_front, source, self.config)
+            text, model = await asyncio.to_thread(_load_front, source, self.config)
             ready = await self._ready
         except BaseException as error:
             self._fail(str(error))
             await self._link.stop()
             raise
+        self._text = text
         self._facts = EngineFacts(
             model_name=source.name,
             max_model_len=ready.max_model_len,
@@ -139,7 +140,7 @@ class AsyncEngine:
             block_size=ready.block_size,
             summary=ready.summary,
         )
-        self._intake = Intake(self._text.tokenizer, self._facts)
+        self._intake = Intake(text.tokenizer, self._facts)
         if self._state == "loading":
             self._state = "ready"
 

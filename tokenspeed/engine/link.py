@@ -9,10 +9,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenspeed.config import EngineConfig
-from tokenspeed.engine.messages import Failed, FromEngine, Shutdown, Start, ToEngine
+from tokenspeed.engine.messages import Failed, FromEngine, Ready, Shutdown, Start, ToEngine
 from tokenspeed.engine.transport import Channel
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class ProcessLink:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._stopping = False
+        self._ready = False
 
     async def start(self, config: EngineConfig, receive: Receive) -> None:
         folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))  # mode 0700
@@ -64,7 +65,8 @@ class ProcessLink:
                 stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             exited = asyncio.create_task(self._process.wait())
-            await asyncio.wait({connected, exited}, return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {connected, exited}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             server.close()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -82,6 +84,7 @@ class ProcessLink:
             while True:
                 message = await channel.receive()
                 failed = failed or isinstance(message, Failed)
+                self._ready = self._ready or isinstance(message, Ready)
                 receive(message)
         except (EOFError, ValueError) as error:
             if not failed and not self._stopping:
@@ -109,6 +112,9 @@ class ProcessLink:
         if self._process is None:
             return
         self.send(Shutdown())
+        if not self._ready and self._process.returncode is None:
+            # An engine that is still loading has nothing to finish, and would read `Shutdown` only afterwards.
+            self._process.kill()
         try:
             await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
         except TimeoutError:

@@ -99,7 +99,13 @@ def _as_batch(
 ) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [[item for item in items if isinstance(item, int)]]
-    return [item for item in items if not isinstance(item, int)]
+    batch: list[Prompt] = []
+    alone: list[int] = []
+    for item in prompts:
+        if isinstance(item, int):
+            alone.append(item)
+        else:
+            batch.append(item)
+    if alone and batch:
+        raise TypeError("prompts are either token ids of one prompt or several prompts, not both")
+    return [alone] if alone else batch

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,17 +31,19 @@ Publish = Callable[[list[ChoiceTokens]], None]
 
 @dataclass(slots=True)
 class Known:
-    """What the loop keeps of an admitted choice for its (re)binding and its outputs."""
+    """What the loop keeps of a queued choice for its (re)binding and its outputs.
+
+    `prompt_logprobs`, if asked for, begins with None: nothing precedes the first token.
+    """
 
     params: SamplingParams
     seed: int
     stop_ids: Int32Array
     prompt_len: int
     arrived: float
+    prompt_logprobs: list[TokenLogprob | None] | None
     queue_seconds: float | None = None
-    prompt_logprobs: list[TokenLogprob | None] | None = None
     started: bool = False
-    slot: int = field(default=-1)
 
 
 class StepLoop:
@@ -96,7 +98,8 @@ class StepLoop:
         )
         if refusal is not None:
             return refusal
-        self._known[request.id] = Known(params, request.seed, stop_ids, len(prompt), time.monotonic())
+        scores: list[TokenLogprob | None] | None = None if params.prompt_logprobs is None else [None]
+        self._known[request.id] = Known(params, request.seed, stop_ids, len(prompt), time.monotonic(), scores)
         self._wake.set()
         return None
 
@@ -217,10 +220,8 @@ class StepLoop:
         """Append the scores of a chunk; a chunk recomputed after a preemption adds nothing."""
         for row, scores in result.prompt_logprobs.items():
             known = self._known.get(self._slots[int(plan.row_slot[row])])
-            if known is None or known.params.prompt_logprobs is None:
+            if known is None or known.prompt_logprobs is None or known.params.prompt_logprobs is None:
                 continue
-            if known.prompt_logprobs is None:
-                known.prompt_logprobs = [None]
             first = int(plan.row_computed[row]) + 1
             for index in range(len(scores.token_ids)):
                 if first + index == len(known.prompt_logprobs) < known.prompt_len:

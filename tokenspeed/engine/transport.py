@@ -26,7 +26,9 @@ class Channel(Generic[Message]):
         self._encoder = msgspec.msgpack.Encoder()
 
     def send(self, message: msgspec.Struct) -> None:
-        """Queue one message; a peer that is gone is noticed by `receive`, not here."""
+        """Queue one message; to a peer that is gone it is dropped: `receive` is where that is noticed."""
+        if self._writer.is_closing():
+            return
         body = self._encoder.encode(message)
         self._writer.write(len(body).to_bytes(4, "little") + body)
 

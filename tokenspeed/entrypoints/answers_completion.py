@@ -55,9 +55,9 @@ class CompletionAnswer:
             return b"%b%b%b" % (self._heads[index], encode(output.text), self._tail)
         echoes = first and self._echo
         offset = self._offsets.get(index, 0)
-        entries: list[TokenLogprob | None] = list(output.prompt_logprobs or ()) if echoes else []
-        entries += output.logprobs or ()
         prompt = index // self._n
+        entries: list[TokenLogprob | None] = self._echoed(output.prompt_logprobs, prompt) if echoes else []
+        entries += output.logprobs or ()
         logprobs, self._offsets[index] = self._logprobs_json(entries, prompt if echoes else None, offset)
         choice: dict[str, Any] = {
             "index": index,
@@ -83,7 +83,7 @@ class CompletionAnswer:
 
     def _choice(self, choice: Gathered) -> dict[str, Any]:
         prompt = choice.index // self._n
-        entries: list[TokenLogprob | None] = list(choice.prompt_logprobs or ()) if self._echo else []
+        entries: list[TokenLogprob | None] = self._echoed(choice.prompt_logprobs, prompt) if self._echo else []
         entries += choice.logprobs
         result: dict[str, Any] = {
             "index": choice.index,
@@ -104,6 +104,10 @@ class CompletionAnswer:
         if self._usage_null:
             chunk["usage"] = None
         return chunk
+
+    def _echoed(self, entries: list[TokenLogprob | None] | None, prompt: int) -> list[TokenLogprob | None]:
+        """The echoed prompt's entries; a prompt of one token has nothing to score, and still is one token."""
+        return list(entries or ([None] if len(self._prompt_token_ids[prompt]) == 1 else ()))
 
     def _logprobs_json(
         self, entries: Sequence[TokenLogprob | None], echoed: int | None, offset: int

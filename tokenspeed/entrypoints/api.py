@@ -1,38 +1,23 @@
-"""`python -m tokenspeed.entrypoints.api`: the command line and the life of the server process."""
+"""`python -m tokenspeed.entrypoints.api`: flags, socket, then everything else.
+
+What is slow to import is imported last, so that a wrong flag or a taken port is told at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import shlex
-import signal
-import socket
 import ssl
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import msgspec
-import uvloop
-
-from tokenspeed.entrypoints.auth import Keys
-from tokenspeed.entrypoints.door import Door
 from tokenspeed.entrypoints.flags import ServerConfig, parse_flags
-from tokenspeed.entrypoints.limits import Limits
-from tokenspeed.entrypoints.server import Server, bind, bind_unix
+from tokenspeed.entrypoints.listen import bind, bind_unix
 from tokenspeed.errors import ConfigError
 from tokenspeed.logs import configure_logging
 
-if TYPE_CHECKING:
-    from tokenspeed.engine.async_engine import AsyncEngine
-
-log = logging.getLogger(__name__)
-
 EXIT_CONFIG = 2
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tls = _tls(config)
         listener = bind_unix(config.uds) if config.uds else bind(config.host, config.port)
         try:
+            import uvloop  # noqa: PLC0415
+
+            from tokenspeed.entrypoints.life import serve  # noqa: PLC0415
+
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(_serve(config, listener, tls))
+                return runner.run(serve(config, listener, tls))
         finally:
             listener.close()
             if config.uds:
@@ -52,94 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"tokenspeed: {error}", file=sys.stderr)
         return EXIT_CONFIG
-
-
-async def _serve(config: ServerConfig, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
-    # Late, so that a taken port is told before any of this is imported.
-    from tokenspeed.engine.async_engine import AsyncEngine, EngineFailed  # noqa: PLC0415
-    from tokenspeed.engine.link import InProcessLink, ProcessLink  # noqa: PLC0415
-    from tokenspeed.entrypoints.progress import LoadingProgress  # noqa: PLC0415
-
-    child = ProcessLink(log_level=config.log_level, log_format=config.log_format)
-    progress = LoadingProgress()
-    engine = AsyncEngine(config.engine, progress=progress, link=InProcessLink() if config.in_process else child)
-    door = Door(
-        engine,
-        keys=Keys(config.api_keys, config.admin_api_keys),
-        limits=Limits(),
-        served_names=config.served_names,
-        allowed_origins=config.allowed_origins,
-    )
-    server = Server(door, listener, tls)
-    signals = asyncio.Semaphore(0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, signals.release)
-    await server.start()
-    try:
-        stop = asyncio.create_task(signals.acquire())
-        with progress:
-            ready = await _load(engine, stop)
-        if not ready:
-            return 0
-        log.info("%s", engine.facts.summary)
-        _announce(config, listener, door)
-        await stop
-        log.info("stopping: running requests get %g s, new ones 503; once more stops at once", config.shutdown_grace)
-        failed = engine.health().state == "dead"
-        if not await _first(server.stop(config.shutdown_grace), signals.acquire()):
-            return EXIT_INTERRUPTED
-        return EXIT_FAILED if failed else 0
-    except EngineFailed as error:
-        log.error("the engine did not start: %s", error)
-        return EXIT_FAILED
-    finally:
-        if not server.stopped:
-            await server.stop(0.0)
-
-
-async def _load(engine: AsyncEngine, stop: asyncio.Task[bool]) -> bool:
-    """Start the engine; False when told to stop before it was ready. Raises what `AsyncEngine.start` raises."""
-    loading = asyncio.create_task(engine.start())
-    await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
-    if loading.done():
-        loading.result()
-        return True
-    loading.cancel()
-    await asyncio.gather(loading, return_exceptions=True)
-    return False
-
-
-async def _first(work: Coroutine[Any, Any, object], other: Coroutine[Any, Any, object]) -> bool:
-    """Run both until one ends; True when `work` did. The other one is cancelled."""
-    mine, theirs = asyncio.create_task(work), asyncio.create_task(other)
-    await asyncio.wait({mine, theirs}, return_when=asyncio.FIRST_COMPLETED)
-    if mine.done():
-        theirs.cancel()
-        mine.result()
-        return True
-    mine.cancel()
-    await asyncio.gather(mine, return_exceptions=True)
-    return False
-
-
-def _announce(config: ServerConfig, listener: socket.socket, door: Door) -> None:
-    """The address and a line to copy, on stdout."""
-    scheme = "https" if config.ssl_certfile else "http"
-    if config.uds:
-        base, reach = f"{scheme}://localhost", f"--unix-socket {shlex.quote(config.uds)} "
-    else:
-        host, port = listener.getsockname()[:2]
-        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        base, reach = f"{scheme}://{f'[{shown}]' if ':' in shown else shown}:{port}", ""
-    key = '-H "Authorization: Bearer $TOKENSPEED_API_KEY" ' if config.api_keys else ""
-    body = {
-        "model": door.model.names[0],
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "max_tokens": 64,
-    }
-    print(f"tokenspeed serves {door.model.names[0]} at {config.uds or base}; try:")
-    quoted = shlex.quote(msgspec.json.encode(body).decode())
-    print(f"curl {reach}{base}/v1/chat/completions {key}-H 'Content-Type: application/json' -d {quoted}", flush=True)
 
 
 def _tls(config: ServerConfig) -> ssl.SSLContext | None:

@@ -68,6 +68,8 @@ async def _surround(request: web.Request, handler: Handler) -> web.StreamRespons
         response = error_response(from_http_exception(exception, request.path))
     except RequestError as error:
         response = error_response(error)
+    if not response.prepared and (door.draining or response.status in (408, 413)):
+        response.force_close()
     level = logging.DEBUG if request.path in QUIET_ROUTES else logging.INFO
     if log.isEnabledFor(level):
         id = response.headers.get("X-Request-Id", "-")
@@ -81,8 +83,6 @@ async def _finish_headers(request: web.Request, response: web.StreamResponse) ->
     """For every answer, streamed ones included."""
     response.headers["Server"] = "tokenspeed"
     response.headers.update(_cors_headers(request))
-    if request.app[DOOR].draining or response.status in (408, 413):
-        response.force_close()
 
 
 def _cors_headers(request: web.Request) -> dict[str, str]:

@@ -25,6 +25,7 @@ class Connection(web.RequestHandler):
             server,
             loop=loop,
             keepalive_timeout=limits.idle_seconds,
+            lingering_time=limits.linger_seconds,
             access_log=None,  # type: ignore[arg-type]
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,

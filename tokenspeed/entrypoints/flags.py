@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import msgspec
-import yaml  # type: ignore[import-untyped]
 
 from tokenspeed import __version__
 from tokenspeed.config import BLOCK_SIZES, DType, EngineConfig, LoadFormat
@@ -174,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read_file(path: str) -> dict[str, Any]:
+    import yaml  # type: ignore[import-untyped]  # noqa: PLC0415  (30 ms that most starts do not need)
+
     try:
         parsed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

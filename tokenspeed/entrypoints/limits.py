@@ -31,14 +31,17 @@ class Limits:
     """Deadlines in seconds, sizes in bytes.
 
     `header_seconds`: from connecting to the end of the first request's headers. `body_seconds`: for a whole
-    body. `idle_seconds`: a connection without a request. `keepalive_seconds`: silence on a stream before a
+    body. `idle_seconds`: a connection without a request. `linger_seconds`: how long the rest of
+    a refused body is read, so that the client sees the refusal. `keepalive_seconds`: silence on a stream before a
     comment line. `reader_seconds`: how long a client may leave its receive buffer full before its request is
-    aborted; at most `write_buffer_bytes` wait for it here. `total_body_bytes`: all bodies being received.
+    aborted; at most `write_buffer_bytes` wait for it here. `generate_seconds`: for the token of /health_generate.
+    `total_body_bytes`: all bodies being received. `heartbeat_seconds`: silence after which an engine is not alive.
     """
 
     header_seconds: float = 10.0
     body_seconds: float = 60.0
     idle_seconds: float = 75.0
+    linger_seconds: float = 2.0
     keepalive_seconds: float = 10.0
     reader_seconds: float = 30.0
     generate_seconds: float = 30.0

@@ -84,7 +84,7 @@ UNSUPPORTED: Mapping[str, tuple[bytes, ...]] = {
     "structural_tag": (),
     "structured_outputs": (),
     "suffix": (b'""',),
-    "tool_choice": (b'"none"',),
+    "tool_choice": (b'"none"', b'"auto"'),
     "tools": (b"[]",),
     "top_a": (b"0",),
     "tps_floor": (),

@@ -25,6 +25,7 @@ class EventStream:
 
     def __init__(self, request: web.Request, limits: Limits, headers: dict[str, str]) -> None:
         self._request = request
+        self._connection = request.protocol
         self._limits = limits
         fixed = {
             "Content-Type": "text/event-stream; charset=utf-8",
@@ -49,7 +50,7 @@ class EventStream:
 
     def send(self, event: bytes) -> bool:
         """Write whole events. True when so much waits for the client that `drain` must be awaited."""
-        transport = self._request.transport
+        transport = self._connection.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
         transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._chunked else event)
@@ -62,16 +63,14 @@ class EventStream:
             async with asyncio.timeout(self._limits.reader_seconds):
                 await self._request.writer.drain()
         except TimeoutError:
-            if self._request.transport is not None:
-                self._request.transport.abort()
+            if self._connection.transport is not None:
+                self._connection.transport.abort()
             raise SlowReader("the client stopped reading") from None
 
-    async def close(self, *, keep_connection: bool = True) -> web.StreamResponse:
-        """Finish the answer. Without `keep_connection` the connection closes after it."""
+    async def close(self) -> web.StreamResponse:
+        """Finish the answer; the connection stays for the next request."""
         self.stop_timer()
         await self.drain()
-        if not keep_connection:
-            self._response.force_close()
         await self._response.write_eof()
         return self._response
 
@@ -85,7 +84,7 @@ class EventStream:
         silent = self._loop.time() - self._last_sent
         wait = self._limits.keepalive_seconds - silent
         if wait <= 0:
-            transport = self._request.transport
+            transport = self._connection.transport
             if transport is None or transport.is_closing():
                 return
             self.send(COMMENT)

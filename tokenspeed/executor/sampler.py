@@ -147,13 +147,15 @@ def least_kept(probs: torch.Tensor, top_k: int, top_p: float, min_p: float) -> f
 def inverse_cdf(probs: torch.Tensor, number: Float64Array) -> Int64Array:
     """The first token of each row of `probs` [Q, padded] whose cumulative mass exceeds `number` [Q] × the row's."""
     mass = cumulative_chunks(probs)
-    target = _below(number * mass[:, -1], mass[:, -1])
+    target = number * mass[:, -1]
     chunk = (mass <= target[:, None]).sum(1)
     at = np.arange(len(probs))
     before = np.where(chunk > 0, mass[at, chunk - 1], 0.0)
     inside: Float32Array = probs.numpy().reshape(len(probs), -1, CHUNK)[at, chunk]
     within = np.cumsum(inside, axis=1, dtype=np.float64)
-    offset = (within <= _below(target - before, within[:, -1])[:, None]).sum(1)
+    # A chunk's float32 sum may exceed its cumulative float64: the search still ends on its last positive step.
+    inner = np.minimum(target - before, np.nextafter(within[:, -1], 0.0))
+    offset = (within <= inner[:, None]).sum(1)
     token: Int64Array = chunk * CHUNK + offset
     return token
 
@@ -163,8 +165,3 @@ def cumulative_chunks(probs: torch.Tensor) -> Float64Array:
     sums = probs.view(len(probs), -1, CHUNK).sum(2).numpy()
     mass: Float64Array = np.cumsum(sums, axis=1, dtype=np.float64)
     return mass
-
-
-def _below(target: Float64Array, total: Float64Array) -> Float64Array:
-    """`target`, kept under `total` whatever the rounding, so that a search for it ends on a positive step."""
-    return np.minimum(target, np.nextafter(total, 0.0))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.parallel.placement import Boundary, Mesh, Placement
@@ -99,8 +100,18 @@ class Module(nn.Module):
     def declare(
         self, ctx: BuildContext, shape: tuple[int, ...], pieces: Iterable[Piece], shard: Placement
     ) -> nn.Parameter:
-        """A new, uninitialised parameter that the checkpoint tensors of `pieces` fill together."""
-        parameter = nn.Parameter(torch.empty(shape, dtype=ctx.dtype, device=ctx.device), requires_grad=False)
+        """A new, uninitialised parameter that the checkpoint tensors of `pieces` fill together.
+
+        Raises `ConfigError` when there is no memory for it.
+        """
+        try:
+            values = torch.empty(shape, dtype=ctx.dtype, device=ctx.device)
+        except RuntimeError as error:
+            dtype = str(ctx.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"no memory for {ctx.prefix}: {list(shape)} of {dtype} on {ctx.device}, the model is too large"
+            ) from error
+        parameter = nn.Parameter(values, requires_grad=False)
         self._weights.append(Weight(parameter, tuple(pieces), shard))
         return parameter
 

@@ -104,7 +104,8 @@ class Rope:
                     original_max_positions=int(positive("rope_scaling.original_max_position_embeddings", original)),
                 ),
             )
-        raise CheckpointError(f"{file}: rope_scaling.rope_type {_short(kind)} is not supported (default, linear, llama3)")
+        supported = "default, linear, llama3"
+        raise CheckpointError(f"{file}: rope_scaling.rope_type {_short(kind)} is not supported ({supported})")
 
     def frequencies(self, head_dim: int) -> torch.Tensor:
         """[D/2] float32, radians a position."""

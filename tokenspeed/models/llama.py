@@ -11,7 +11,7 @@ from reprlib import repr as _short
 import torch
 from torch import nn
 
-from tokenspeed.checkpoint.config import ModelConfig, positive_int
+from tokenspeed.checkpoint.config import ModelConfig, flag, positive_int
 from tokenspeed.errors import CheckpointError
 from tokenspeed.layers.attention import AttentionInput, GQAAttention
 from tokenspeed.layers.embedding import VOCABULARY, Embedding, LMHead
@@ -71,9 +71,9 @@ class LlamaConfig:
             head_dim=head_dim,
             rms_norm_eps=eps,
             rope=Rope.from_hf(hf, head_dim, file),
-            tied=bool(hf.get("tie_word_embeddings", False)),
-            attention_bias=bool(hf.get("attention_bias", False)),
-            mlp_bias=bool(hf.get("mlp_bias", False)),
+            tied=flag(hf, "tie_word_embeddings", file),
+            attention_bias=flag(hf, "attention_bias", file),
+            mlp_bias=flag(hf, "mlp_bias", file),
         )
 
 

@@ -89,18 +89,17 @@ class LibraryTokenizer(Tokenizer):
         return cls(read_json(path), config, str(path))
 
     def _set_surroundings(self, config: Mapping[str, Any]) -> None:
-        # A flag in tokenizer_config.json overrules the post-processor, as it does in transformers.
-        if isinstance(config.get("add_bos_token"), bool) or isinstance(config.get("add_eos_token"), bool):
-            bos, eos = self.bos_token_id, self.eos_token_id
-            self.prefix_ids = (bos,) if config.get("add_bos_token") is True and bos is not None else ()
-            self.suffix_ids = (eos,) if config.get("add_eos_token") is True and eos is not None else ()
-            return
+        """What goes around a prompt: by the post-processor, or by the flags where that adds nothing."""
         bare = self._library.encode("a", add_special_tokens=False).ids
         full = self._library.encode("a", add_special_tokens=True).ids
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 self.prefix_ids, self.suffix_ids = tuple(full[:start]), tuple(full[start + len(bare) :])
-                return
+                break
+        if not self.prefix_ids and config.get("add_bos_token") is True and self.bos_token_id is not None:
+            self.prefix_ids = (self.bos_token_id,)
+        if not self.suffix_ids and config.get("add_eos_token") is True and self.eos_token_id is not None:
+            self.suffix_ids = (self.eos_token_id,)
 
     def _encode(self, text: str, matches: list[Match]) -> list[int]:
         if matches:

@@ -34,11 +34,13 @@ class Text(str):
     def __add__(self, other: object) -> Text:
         if not isinstance(other, str) or isinstance(other, Markup):
             return NotImplemented
+        check_size(len(self) + len(other))
         return text(str.__add__(self, other), self._origin + origin(other))
 
     def __radd__(self, other: object) -> Text:
         if not isinstance(other, str) or isinstance(other, Markup):
             return NotImplemented
+        check_size(len(self) + len(other))
         return text(str.__add__(other, self), origin(other) + self._origin)
 
     def __mul__(self, count: SupportsIndex) -> Text:
@@ -61,6 +63,7 @@ class Text(str):
 
     def join(self, parts: Iterable[str], /) -> Text:
         parts = list(parts)
+        check_size(sum([len(part) for part in parts]) + len(self) * len(parts))
         return text(str.join(self, parts), self._origin.join([origin(part) for part in parts]))
 
     def replace(self, old: str, new: str, /, count: SupportsIndex = -1) -> Text:
@@ -71,6 +74,7 @@ class Text(str):
         if not old:
             return blurred(str.replace(self, old, new, count), [self, new])
         left = count.__index__()
+        check_size(len(self) + str.count(self, old) * len(new))
         fresh, taken = origin(new), REQUEST * len(new)
         pieces: list[bytes] = []
         at = 0

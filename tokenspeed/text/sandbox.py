@@ -27,6 +27,7 @@ from tokenspeed.text.provenance import (
     blurred,
     check_size,
     concatenated,
+    from_request,
     from_template,
     is_templates,
     public,
@@ -34,6 +35,7 @@ from tokenspeed.text.provenance import (
 )
 
 MAX_EXPONENT = 256
+SIZED = (str, list, tuple)
 
 
 class TemplateRefusal(jinja2.TemplateError):
@@ -43,7 +45,7 @@ class TemplateRefusal(jinja2.TemplateError):
 class Sandbox(ImmutableSandboxedEnvironment):
     """One environment a template: the functions and filters that transformers gives to chat templates."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self) -> None:
         super().__init__(
@@ -56,7 +58,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self.code_generator_class = ProvenanceGenerator
         self.literals = Literals()
-        self.filters.update(tojson=tojson, join=join, indent=indent, title=title, safe=safe)
+        self.filters.update(
+            tojson=tojson,
+            string=string,
+            format=format_filter,
+            join=join,
+            replace=replace,
+            indent=indent,
+            title=title,
+            safe=string,
+        )
         del self.globals["lipsum"]
         self.globals.update(
             raise_exception=raise_exception, strftime_now=strftime_now, dict=DictType(), namespace=TemplateNamespace
@@ -65,13 +76,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def concat(self, parts: Iterable[str]) -> Text:
         return concatenated(parts)
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return super().getattr(_tracked(obj), attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(_tracked(obj), argument)
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             if isinstance(right, (int, float)) and abs(right) > MAX_EXPONENT:
                 raise OverflowError(f"a power above {MAX_EXPONENT}")
+        elif operator == "%":
+            left = _tracked(left)
+        elif operator == "+":
+            if isinstance(left, SIZED) and isinstance(right, SIZED):
+                check_size(len(left) + len(right))
         else:
             for value, count in ((left, right), (right, left)):
-                if isinstance(value, (str, list, tuple)) and isinstance(count, int):
+                if isinstance(value, SIZED) and isinstance(count, int):
                     check_size(len(value) * max(0, count))
         return super().call_binop(context, operator, left, right)
 
@@ -83,6 +105,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if value.__name__ == "format_map":
             return lambda mapping: format_text(self, pattern, (), mapping)
         return lambda *args, **kwargs: format_text(self, pattern, args, kwargs)
+
+
+def _tracked(value: Any) -> Any:
+    """Plain strings, which filters make, get the bounds and the methods of request text."""
+    return from_request(value) if type(value) is str else value
 
 
 class Literals(dict[str, Text]):
@@ -111,6 +138,12 @@ class ProvenanceGenerator(CodeGenerator):
             self.visit(part, frame)
             self.write(", ")
         self.write(")))")
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        # Expressions of constants are computed when rendering, where their size is bounded.
+        if not isinstance(node, nodes.Literal):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
 
     def _output_const_repr(self, group: Iterable[Any]) -> str:
         return _literal("".join([str(part) for part in group]))
@@ -198,7 +231,8 @@ def tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON as transformers writes it: no HTML escapes. Wholly request text."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    made = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return from_request(made)
 
 
 @pass_environment
@@ -218,6 +252,11 @@ def _interleaved(separator: str, parts: list[str]) -> Iterable[str]:
         if index:
             yield separator
         yield part
+
+
+def replace(s: Any, old: str, new: str, count: int | None = None) -> Text:
+    """The filter `replace`."""
+    return concatenated([str(s)]).replace(str(old), str(new), -1 if count is None else count)
 
 
 def indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> Text:
@@ -248,9 +287,16 @@ def title(s: Any) -> Text:
     return concatenated(parts)
 
 
-def safe(value: Any) -> Any:
-    """The filter `safe`: nothing is escaped here anyway."""
-    return str(value)
+def string(value: Any) -> str:
+    """The filters `string` and `safe`: nothing is escaped here anyway."""
+    return str(_tracked(str(value)))
+
+
+def format_filter(value: Any, *args: Any, **kwargs: Any) -> str:
+    """The filter `format`: `value % args`, or `value % kwargs`."""
+    if args and kwargs:
+        raise jinja2.exceptions.FilterArgumentError("can't handle positional and keyword arguments at the same time")
+    return string(value) % (kwargs or args)
 
 
 def format_text(sandbox: Sandbox, pattern: Text, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Text:

@@ -1,0 +1,145 @@
+"""Arguments, the --config file and the environment become one configuration, or one line of complaint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tokenspeed.entrypoints.flags import FLAGS, ServerConfig, is_loopback, parse_flags
+from tokenspeed.errors import ConfigError
+
+
+def parse(*arguments: str, **environment: str) -> ServerConfig:
+    return parse_flags(arguments, environment)
+
+
+def test_nothing_given_serves_the_demonstration_model_on_this_machine_only() -> None:
+    config = parse()
+    assert (config.engine.model, config.host, config.port) == (None, "127.0.0.1", 8000)
+    assert config.engine.enable_prefix_caching
+    assert not config.api_keys
+
+
+def test_every_kind_of_flag_is_read() -> None:
+    config = parse(
+        "--model", "m.gguf", "--block-size", "32", "--no-enable-prefix-caching", "--kv-cache-memory", "2GiB",
+        "--dtype", "bfloat16", "--api-key", "a", "b", "--api-key", "c", "--shutdown-grace", "1.5", "--in-process",
+        "--served-model-name", "x", "y", "--log-format", "json",
+    )  # fmt: skip
+    assert (config.engine.model, config.engine.block_size, config.engine.dtype) == ("m.gguf", 32, "bfloat16")
+    assert (config.engine.enable_prefix_caching, config.engine.kv_cache_bytes) == (False, 2 * 2**30)
+    assert (config.api_keys, config.served_names) == (["a", "b", "c"], ["x", "y"])
+    assert (config.shutdown_grace, config.in_process, config.log_format) == (1.5, True, "json")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1000", 1000),
+        ("512MiB", 512 * 2**20),
+        ("1.5GB", 1_500_000_000),
+        ("2g", 2 * 10**9),
+        ("1 TiB", 2**40),
+        ("4k", 4000),
+    ],
+)
+def test_sizes_are_bytes_or_have_a_unit(text: str, size: int) -> None:
+    assert parse("--kv-cache-memory", text).engine.kv_cache_bytes == size
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("port: 9000\nmax-num-seqs: 8\nblock_size: 32\napi-key: [a]\nserved-model-name: x\ninsecure: true\n")
+    config = parse("--config", str(file), "--port", "9001")
+    assert (config.port, config.engine.max_num_seqs, config.engine.block_size) == (9001, 8, 32)
+    assert (config.api_keys, config.served_names, config.insecure) == (["a"], ["x"], True)
+    assert parse("--config", str(file), "--api-key", "b", TOKENSPEED_API_KEY="c").api_keys == ["b"]
+
+
+def test_keys_may_come_from_the_environment() -> None:
+    config = parse(TOKENSPEED_API_KEY="secret", TOKENSPEED_ADMIN_API_KEY="boss")
+    assert (config.api_keys, config.admin_api_keys) == (["secret"], ["boss"])
+    assert parse("--host", "0.0.0.0", TOKENSPEED_API_KEY="secret").host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--flux"], "--flux"),
+        (["--por", "1"], "--por"),
+        (["extra"], "extra"),
+        (["--port"], "--port"),
+        (["--port", "http"], "--port must be an integer, got 'http'"),
+        (["--port", "70000"], "--port"),
+        (["--dtype", "float8"], "--dtype must be one of auto, float32, bfloat16, got 'float8'"),
+        (["--load-format", "dummy"], "--load-format"),
+        (["--log-level", "loud"], "--log-level"),
+        (["--block-size", "7"], "--block-size"),
+        (["--overlap", "2"], "--overlap"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--max-num-batched-tokens", "8"], "--max-num-batched-tokens"),
+        (["--kv-cache-memory", "much"], "--kv-cache-memory"),
+        (["--kv-cache-memory", "1PiB"], "--kv-cache-memory"),
+        (["--kv-cache-memory", "0"], "--kv-cache-memory"),
+        (["--shutdown-grace", "-1"], "--shutdown-grace"),
+        (["--shutdown-grace", "nan"], "--shutdown-grace"),
+        (["--trust-remote-code"], "--trust-remote-code is not supported"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is public"),
+        (["--host", "::"], "is public"),
+        (["--host", "no such host"], "--host"),
+        (["--api-key", ""], "--api-key"),
+        (["--api-key", "two words"], "--api-key"),
+        (["--admin-api-key", "schön"], "--admin-api-key"),
+        (["--served-model-name", ""], "--served-model-name"),
+        (["--ssl-keyfile", "k.pem"], "--ssl-certfile"),
+        (["--config", "/nowhere.yaml"], "--config /nowhere.yaml"),
+    ],
+)
+def test_what_cannot_work_is_one_line_that_names_the_flag(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(*arguments)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("flux: 1", "unknown key 'flux'"),
+        ("port: '9000'", "--port must be an integer"),
+        ("port: true", "--port"),
+        ("enable-prefix-caching: 1", "--enable-prefix-caching must be true or false"),
+        ("kv-cache-memory: true", "--kv-cache-memory"),
+        ("api-key: [1]", "--api-key"),
+        ("- port", "mapping"),
+        ("port: [", "not valid YAML"),
+        ("port: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_one_line_too(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        parse("--config", str(file))
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_insecure_allows_a_public_host() -> None:
+    assert parse("--host", "0.0.0.0", "--insecure").host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("host", "local"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)]
+)
+def test_loopback_is_told_from_public(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
+
+
+def test_every_flag_appears_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(flag.name in text for flag in FLAGS)
