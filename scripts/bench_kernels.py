@@ -23,6 +23,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from torch import Tensor
 
+from tokenspeed.kernels.hopper import mla_decode as hopper
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.reference.mla_decode import mla_decode as mla_reference
 from tokenspeed.kernels.reference.moe_experts import moe_experts as moe_reference
@@ -233,13 +234,11 @@ def mla_rows(kernels: dict[str, MlaKernel], only: str) -> Iterator[Row]:
 
 
 def mla_kernels() -> dict[str, MlaKernel]:
-    base = mla.Config()
-    configs = {
-        "tma": base,
-        "tma, no dependent launch": replace(base, dependent=False),
-        "copies": replace(base, tma=False),
+    return {
+        "hopper": hopper.MlaDecode(512, 64),
+        "triton": mla.MlaDecode(512, 64, mla.Config()),
+        "triton, no descriptors": mla.MlaDecode(512, 64, mla.Config(tma=False, dependent=False)),
     }
-    return {name: mla.MlaDecode(512, 64, config) for name, config in configs.items()}
 
 
 V2L = {"num_experts": 64, "top_k": 6, "num_shared": 2, "num_groups": 1, "top_groups": 1}

@@ -100,7 +100,8 @@ cdef class Kernels:
 
     def mha_prefill(self, uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k, uintptr_t v, int64_t num_blocks,
                     int block_size, int num_heads, int num_kv_heads, int head_dim, uintptr_t block_table,
-                    int64_t table_stride, int64_t table_width, uintptr_t kv_len, int rows, float scale, uintptr_t query_start, int threads):
+                    int64_t table_stride, int64_t table_width, uintptr_t kv_len, int rows, float scale,
+                    uintptr_t query_start, int threads):
         cdef Attention a = attention(q, q_stride, out, k, v, num_blocks, block_size, num_heads, num_kv_heads, head_dim,
                                      block_table, table_stride, table_width, kv_len, rows, scale)
         cdef int64_t bad

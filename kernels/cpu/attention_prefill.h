@@ -123,6 +123,7 @@ void prefill_tile(const Attention& a, const QueryTile& tile, float* scratch) {
     for (int m = 0; m < rows; ++m) {
         T* result = static_cast<T*>(a.out) + (tile.begin + m / group) * (int64_t{a.num_heads} * head_dim) + head +
                     int64_t{m % group} * head_dim;
-        for (int d = 0; d < head_dim; d += LANES) store(result + d, load(out + int64_t{m} * head_dim + d) / running_sum[m]);
+        const float* sums = out + int64_t{m} * head_dim;
+        for (int d = 0; d < head_dim; d += LANES) store(result + d, load(sums + d) / running_sum[m]);
     }
 }

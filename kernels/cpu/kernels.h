@@ -64,8 +64,8 @@ struct Kernels {
     void (*prefill_tile)(const Attention&, const QueryTile&, float* scratch);
     void (*rms_norm)(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride, const void* weight,
                      void* y, void* residual_out, int64_t hidden, float eps, int64_t begin, int64_t end);
-    void (*rotary)(void* x, int64_t token_stride, int64_t head_stride, int64_t heads, int64_t head_dim, bool interleaved,
-                   const int64_t* positions, const float* cos_sin, int64_t begin, int64_t end);
+    void (*rotary)(void* x, int64_t token_stride, int64_t head_stride, int64_t heads, int64_t head_dim,
+                   bool interleaved, const int64_t* positions, const float* cos_sin, int64_t begin, int64_t end);
     void (*silu_mul)(const void* gate_up, int64_t stride, void* out, int64_t size, int64_t begin, int64_t end);
 };
 

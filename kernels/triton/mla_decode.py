@@ -80,8 +80,10 @@ def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
     release_dependents(DEPENDENT)
     ends = _tile_ends(kv_len, num_rows, ROWS, BLOCK_N)
     total = tl.max(ends, 0)
-    begin = (share * total) // num_shares
-    end = ((share + 1) * total) // num_shares
+    # With fewer tiles than programs only so many take one: a share without a tile would leave a hole.
+    num_shares = tl.minimum(num_shares, total)
+    begin = tl.minimum(share * total // tl.maximum(num_shares, 1), total)
+    end = tl.minimum((share + 1) * total // tl.maximum(num_shares, 1), total)
     first_row = tl.sum((ends <= begin).to(tl.int32), 0)
     last_row = tl.sum((ends < end).to(tl.int32), 0)
     for row in range(first_row, tl.where(begin < end, last_row + 1, first_row)):
@@ -92,6 +94,9 @@ def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
         lo = tl.maximum(begin, row_begin) - row_begin
         hi = tl.minimum(end, row_end) - row_begin
         if lo < hi:
+            # The block of the next tile is read a turn ahead: its latency would stand before every copy.
+            table = block_table + row * table_stride
+            block = tl.load(table + lo * BLOCK_N // BLOCK_SIZE)
             ql = tl.load(
                 q_latent + row * ql_row + (query * ql_query + head * ql_head)[None, :] + c[:, None],
                 mask=used[None, :], other=0.0,
@@ -104,9 +109,6 @@ def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
             m = tl.full([COLUMNS], float("-inf"), tl.float32)
             denominator = tl.zeros([COLUMNS], tl.float32)
             acc = tl.zeros([C, COLUMNS], tl.float32)
-            table = block_table + row * table_stride
-            # The block of the next tile is read a turn ahead: its latency would stand before every copy.
-            block = tl.load(table + lo * BLOCK_N // BLOCK_SIZE)
             for tile in tl.range(lo, tl.minimum(hi, length // BLOCK_N), num_stages=STAGES):
                 at = block * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE
                 block = tl.load(table + tl.minimum(tile + 1, hi - 1) * BLOCK_N // BLOCK_SIZE)
@@ -158,6 +160,7 @@ def _merge(
     # The lengths are older than the kernel before this one, which waits before it lets this one start.
     ends = _tile_ends(kv_len, num_rows, ROWS, BLOCK_N)
     total = tl.max(ends, 0)
+    num_shares = tl.minimum(num_shares, total)
     row_end = tl.sum(tl.where(rows == row, ends, 0), 0)
     row_begin = tl.sum(tl.where(rows == row - 1, ends, 0), 0)
     to = out + (row * width + column) * C + c
@@ -247,13 +250,21 @@ class MlaDecode:
             ROWS=rows_padded, ONE_QUERY=num_queries == 1, TMA=config.tma, DEPENDENT=config.dependent,
             STAGES=config.stages, num_warps=8 if columns > 32 else 4, **launch,
         )  # fmt: skip
-        block_c, block_s = _merge_shape(rows, rank)
-        _merge[rows, width, rank // block_c](
-            partial, lse, kv_len, out, rows, shares,
-            C=rank, BLOCK_N=block_n, ROWS=rows_padded, BLOCK_C=block_c, BLOCK_S=block_s, DEPENDENT=config.dependent,
-            num_warps=4, **launch,
-        )  # fmt: skip
+        merge_shares(partial, lse, kv_len, out, shares, block_n, dependent=config.dependent)
         return out
+
+
+def merge_shares(
+    partial: Tensor, lse: Tensor, kv_len: Tensor, out: Tensor, shares: int, block_n: int, *, dependent: bool
+) -> None:
+    """The second kernel: `out` of the rows that lie in no share or in several."""
+    rows, rank = out.shape[0], out.shape[-1]
+    block_c, block_s = _merge_shape(rows, rank)
+    _merge[rows, partial.shape[1], rank // block_c](
+        partial, lse, kv_len, out, rows, shares,
+        C=rank, BLOCK_N=block_n, ROWS=triton.next_power_of_2(rows), BLOCK_C=block_c, BLOCK_S=block_s,
+        DEPENDENT=dependent, num_warps=4, **({"launch_pdl": True} if dependent else {}),
+    )  # fmt: skip
 
 
 def _merge_shape(rows: int, rank: int) -> tuple[int, int]:

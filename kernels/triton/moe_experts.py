@@ -12,6 +12,7 @@ before the wait for the kernel before, and their tokens need no list.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,10 +250,10 @@ def _sum_slots(
 class Config:
     """What may be tuned: up to how many tokens vector products are used, and their rows a program."""
 
-    rows_up_to: int = 4
+    rows_up_to: int = 1
     up_rows: int = 4
     down_rows: int = 2
-    stages: int = 3
+    stages: int | None = None
     tma: bool = True
     dependent: bool = True
 
@@ -300,7 +301,9 @@ class MoeExperts:
         (tokens, size), slots, device = x.shape, ids.shape[1], x.device
         num_experts, _, inner = down.shape
         num_routed = num_experts - self.num_shared
-        tile = max(16, min(128, triton.next_power_of_2(triton.cdiv(tokens, 4))))
+        # Mean and two standard deviations of an expert's tokens: most experts take one turn.
+        mean = tokens * (slots - self.num_shared) / num_routed
+        tile = max(16, min(128, triton.next_power_of_2(math.ceil(mean + 2 * mean**0.5))))
         units = num_routed + self.num_shared * triton.cdiv(tokens, tile)
         launch = _launch(config)
         pairs = torch.empty(num_routed, tokens, dtype=torch.int32, device=device)
@@ -310,7 +313,12 @@ class MoeExperts:
             ids, pairs, counts, ids.numel(), tokens, BLOCK=block, DEPENDENT=config.dependent, num_warps=4, **launch
         )
         shape = {"E": num_experts, "SLOTS": slots, "NUM_SHARED": self.num_shared, "HIDDEN": size, "INNER": inner}
-        common = {"TOKENS": tile, "TMA": config.tma, "STAGES": config.stages, "DEPENDENT": config.dependent}
+        common = {
+            "TOKENS": tile,
+            "TMA": config.tma,
+            "STAGES": config.stages or (4 if tile <= 32 else 3),
+            "DEPENDENT": config.dependent,
+        }
         warps = 4 if tile <= 64 else 8
         hidden = torch.empty(tokens * slots, inner, dtype=x.dtype, device=device)
         block_k = _power_of_2_in(size, 128)

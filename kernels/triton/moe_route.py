@@ -99,7 +99,7 @@ class Route:
             GROUP_SIZE=self.num_experts // self.num_groups, TOP_GROUPS=self.top_groups, TOP_K=self.top_k,
             NUM_SHARED=self.num_shared, SLOTS=triton.next_power_of_2(slots), SIGMOID=self.sigmoid,
             NORMALISE=self.normalise, HAS_BIAS=bias is not None, HAS_COUNT=num_tokens is not None,
-            DEPENDENT=dependent, num_warps=1 if self.num_experts <= 128 else 2,
+            DEPENDENT=dependent, num_warps=1,
             **({"launch_pdl": True} if dependent else {}),
         )  # fmt: skip
         return ids, weights

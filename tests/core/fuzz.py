@@ -41,11 +41,11 @@ class World:
         block_size = int(rng.integers(1, 5))
         rows = int(rng.integers(1, 9))
         return World(
-            num_blocks=int(rng.integers(2, 10)) if rng.random() < 0.3 else int(rng.integers(8, 24)),
+            num_blocks=int(rng.integers(2, 10)) if rng.random() < 0.3 else int(rng.integers(8, 32)),
             limits=BatchLimits(
                 max_rows=rows,
                 max_tokens=rows + int(rng.integers(0, 20)),
-                max_blocks=int(rng.integers(6, 24)),
+                max_blocks=int(rng.integers(2, 7)) if rng.random() < 0.3 else int(rng.integers(6, 24)),
                 block_size=block_size,
             ),
             max_model_len=int(rng.integers(4, 100)),

@@ -414,6 +414,18 @@ def test_an_admission_leaves_a_block_for_each_running_request() -> None:
     assert d.stats.waiting == 1
 
 
+def test_admissions_stop_at_the_table_deltas_of_a_step() -> None:
+    limits = BatchLimits(max_rows=8, max_tokens=16, max_blocks=6, block_size=4)
+    d = Driver(limits, num_blocks=64)
+    d.submit(0, prompt_of(22), max_tokens=1)
+    d.run_out()
+    for request_id in range(1, 9):  # 6 blocks each, 5 of them hits: tokens and blocks for all, 18 deltas for 3
+        d.submit(request_id, prompt_of(22), max_tokens=1)
+    assert limits.max_deltas == 18
+    plan = d.must_plan()
+    assert (plan.num_rows, plan.num_deltas) == (3, 18)
+
+
 # --- bad input ---
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
 
 from tokenspeed.checkpoint.source import Source, resolve
 from tokenspeed.text.load import TextSide, load_text
@@ -58,7 +58,10 @@ def train(pre_tokenizer: Any, corpus: list[str]) -> tokenizers.Tokenizer:
     made.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
-            vocab_size=900, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=900,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     return made
@@ -108,7 +111,8 @@ def spaced(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
     made.train_from_iterator(
         [word for line in corpus[:3000] for word in line.split()],
         trainers.BpeTrainer(
-            vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+            vocab_size=700,
+            special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
             show_progress=False,
         ),
     )
@@ -193,4 +197,11 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return value.tokenizer if isinstance(value, TextSide) else loaded(value)
 
 
-__all__ = ["SHOWN", "SPECIAL", "TEXTS", "loaded", "tiktoken", "train", "write_json"]
+@pytest.fixture(scope="session")
+def oracle(byte_level: Path) -> Any:
+    return AutoTokenizer.from_pretrained(byte_level)
+
+
+@pytest.fixture(scope="session")
+def toy(byte_level: Path) -> Tokenizer:
+    return loaded(byte_level)

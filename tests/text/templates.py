@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from tokenspeed.text.spans import Span
+
+TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+
 LLAMA3 = """\
 {{- bos_token }}
 {%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}
@@ -101,13 +107,15 @@ QWEN3 = """\
             {%- set reasoning_content = message.reasoning_content %}
         {%- else %}
             {%- if '</think>' in content %}
-                {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+                {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n') %}
+                {%- set reasoning_content = reasoning_content.split('<think>')[-1].lstrip('\\n') %}
                 {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
             {%- endif %}
         {%- endif %}
         {%- if loop.index0 > ns.last_query_index %}
             {%- if loop.last or (not loop.last and reasoning_content) %}
-                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n')
+                    + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
             {%- else %}
                 {{- '<|im_start|>' + message.role + '\\n' + content }}
             {%- endif %}
@@ -156,9 +164,10 @@ MISTRAL = """\
 {%- set ns = namespace() %}
 {%- set ns.index = 0 %}
 {%- for message in loop_messages %}
-    {%- if not (message.role == "tool" or message.role == "tool_results" or (message.tool_calls is defined and message.tool_calls is not none)) %}
+    {%- if not (message.role == "tool" or message.role == "tool_results"
+        or (message.tool_calls is defined and message.tool_calls is not none)) %}
         {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
-            {{- raise_exception("After the optional system message, conversation roles must alternate user/assistant") }}
+            {{- raise_exception("After the system message, roles must alternate user/assistant") }}
         {%- endif %}
         {%- set ns.index = ns.index + 1 %}
     {%- endif %}
@@ -208,7 +217,7 @@ MISTRAL = """\
         {{- '[TOOL_RESULTS] {"content": ' + content|string + ", " }}
         {{- '"call_id": "' + message.tool_call_id|default('none', true) + '"}[/TOOL_RESULTS]' }}
     {%- else %}
-        {{- raise_exception("Only user and assistant roles are supported, with the exception of an initial optional system message!") }}
+        {{- raise_exception("Only user and assistant roles are supported, after a system message!") }}
     {%- endif %}
 {%- endfor %}
 """
@@ -226,11 +235,13 @@ DEEPSEEK = (
     "{%- for tool in message['tool_calls'] %}{%- if not ns.is_first %}"
     "{{'<|im_start|>Assistant: <tool_call>' + tool['type'] + '<think>' + tool['function']['name'] + '\\n```json\\n'"
     " + tool['function']['arguments']|string + '\\n```' + '</think>'}}{%- set ns.is_first = true -%}{%- else %}"
-    "{{'\\n<tool_call>' + tool['type'] + tool['function']['name'] + '\\n'}}{%- endif %}{%- endfor %}{{ eos_token }}{%- endif %}"
+    "{{'\\n<tool_call>' + tool['type'] + tool['function']['name'] + '\\n'}}{%- endif %}{%- endfor %}"
+    "{{ eos_token }}{%- endif %}"
     "{%- if message['role'] == 'assistant' and 'tool_calls' not in message %}{%- if ns.is_tool %}"
     "{{'<tool_call>end' + message['content'] + eos_token}}{%- set ns.is_tool = false -%}{%- else %}"
-    "{% set content = message['content'] %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}"
-    "{% endif %}{{'<|im_start|>Assistant: ' + content + eos_token}}{%- endif %}{%- endif %}"
+    "{% set content = message['content'] %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{'<|im_start|>Assistant: ' + content + eos_token}}{%- endif %}{%- endif %}"
     "{%- if message['role'] == 'tool' %}{%- set ns.is_tool = true -%}"
     "{%- if ns.is_output_first %}{{'<tool_call>outputs ' + message['content']}}{%- set ns.is_output_first = false %}"
     "{%- else %}{{'\\n<tool_call>output ' + message['content']}}{%- endif %}{%- endif %}{%- endfor -%}"
@@ -275,3 +286,20 @@ type {{ f.name|upper }} = (_: {
 """
 
 ALL = {"llama3": LLAMA3, "qwen3": QWEN3, "mistral": MISTRAL, "deepseek": DEEPSEEK, "macros": MACROS}
+
+
+def call(name: str, arguments: Any) -> dict[str, Any]:
+    return {"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def joined(spans: list[Span]) -> str:
+    return "".join(span.text for span in spans)
+
+
+def expected(oracle: Any, source: str, messages: list[dict[str, Any]], **kwargs: Any) -> str | None:
+    """What transformers renders, None if it refuses."""
+    kwargs.setdefault("add_generation_prompt", True)
+    try:
+        return str(oracle.apply_chat_template(messages, chat_template=source, tokenize=False, **kwargs))
+    except Exception:  # whatever a template makes jinja2 raise
+        return None

@@ -22,7 +22,9 @@ def parts(data: st.DataObject, ids: list[int]) -> list[list[int]]:
 
 @FEW
 @given(data=st.data(), skip=st.booleans())
-def test_deltas_join_to_the_whole_text_however_tokens_are_cut(any_tokenizer: Tokenizer, data: st.DataObject, skip: bool) -> None:
+def test_deltas_join_to_the_whole_text_however_tokens_are_cut(
+    any_tokenizer: Tokenizer, data: st.DataObject, skip: bool
+) -> None:
     ids = data.draw(st.lists(st.integers(0, any_tokenizer.vocab_size - 1), max_size=24))
     detokenizer = Detokenizer(any_tokenizer, skip_special_tokens=skip)
     deltas = [detokenizer.feed(part) for part in parts(data, ids)]
@@ -81,6 +83,6 @@ def test_all_texts_survive_token_by_token(any_tokenizer: Tokenizer) -> None:
     for text in TEXTS:
         detokenizer = Detokenizer(any_tokenizer, skip_special_tokens=False)
         ids = any_tokenizer.encode(text)
-        assert "".join([detokenizer.feed([token_id]) for token_id in ids]) + detokenizer.flush() == any_tokenizer.decode(
-            ids, skip_special_tokens=False
-        )
+        assert "".join(
+            [detokenizer.feed([token_id]) for token_id in ids]
+        ) + detokenizer.flush() == any_tokenizer.decode(ids, skip_special_tokens=False)

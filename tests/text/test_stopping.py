@@ -106,8 +106,8 @@ def test_the_end_lets_held_text_and_half_characters_go() -> None:
 
 def test_min_tokens_lets_early_matches_pass_as_text() -> None:
     output = OutputText(TOY, SamplingParams(stop=("b",), min_tokens=3))
-    assert [output.feed(b"x"), output.feed(b"b"), output.feed(b"b")][-1].stop is None
-    assert output.feed(b"b") == TextDelta("bb", 4, "b")
+    assert [output.feed(part) for part in (b"x", b"bb")] == [TextDelta("x", 1, None), TextDelta("bb", 3, None)]
+    assert output.feed(b"b") == TextDelta("", 4, "b")
 
 
 @pytest.mark.parametrize("skip", [True, False])

@@ -291,12 +291,12 @@ def siphash(bytes key, bytes data):
 def block_hashes(bytes key, bytes salt, tokens, block_size):
     cdef const int32_t[::1] view = ids(tokens, "tokens")
     cdef Py_ssize_t size = whole(block_size, "block_size", 1)
-    cdef ChainHasher* hasher = new ChainHasher(key_of(key))
-    cdef Hash chain = hasher.root(as_bytes(salt, len(salt)))
+    cdef unique_ptr[ChainHasher] hasher
+    hasher.reset(new ChainHasher(key_of(key)))
+    cdef Hash chain = hasher.get().root(as_bytes(salt, len(salt)))
     cdef Py_ssize_t start
     hashes = []
     for start in range(0, view.shape[0] - size + 1, size):
-        chain = hasher.next(chain, TokenSpan(&view[start], size))
+        chain = hasher.get().next(chain, TokenSpan(&view[start], size))
         hashes.append(<bytes>digest(chain))
-    del hasher
     return hashes

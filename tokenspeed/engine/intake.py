@@ -50,6 +50,7 @@ class Intake:
             sequences = tuple(ids for word in params.bad_words for ids in self._spellings(word))
             params = msgspec.structs.replace(params, bad_word_ids=sequences)
         params.check(self._facts.vocab_size)
+        self._check_something_is_allowed(params)
         limit = self._facts.max_model_len
         room = limit - len(ids)
         if room < (params.max_tokens or 1):
@@ -63,6 +64,15 @@ class Intake:
         if params.max_tokens is None:
             params = msgspec.structs.replace(params, max_tokens=room)
         return ids, params
+
+    def _check_something_is_allowed(self, params: SamplingParams) -> None:
+        """Before `min_tokens` the ids that end a request are masked, which may leave no allowed token."""
+        if params.min_tokens and params.allowed_token_ids is not None:
+            ending = {*params.stop_token_ids, *(() if params.ignore_eos else self._facts.eos_token_ids)}
+            if ending.issuperset(params.allowed_token_ids):
+                raise InvalidRequest(
+                    "min_tokens bans every allowed token: all of them end the request", param="min_tokens"
+                )
 
     async def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

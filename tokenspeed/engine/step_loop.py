@@ -26,6 +26,9 @@ from tokenspeed.request import SamplingParams, TokenLogprob
 
 log = logging.getLogger(__name__)
 
+LEAST_LOGPROB = -9999.0
+"""Stands for the logarithm of 0, which JSON cannot say; the value that other engines use."""
+
 Publish = Callable[[list[ChoiceTokens]], None]
 
 
@@ -257,8 +260,8 @@ class StepLoop:
 def _entry(scores: Logprobs, index: int, top: int) -> TokenLogprob:
     return TokenLogprob(
         int(scores.token_ids[index]),
-        float(scores.logprobs[index]),
+        max(float(scores.logprobs[index]), LEAST_LOGPROB),
         int(scores.ranks[index]),
         tuple(scores.top_ids[index, :top].tolist()),
-        tuple(scores.top_logprobs[index, :top].tolist()),
+        tuple(max(value, LEAST_LOGPROB) for value in scores.top_logprobs[index, :top].tolist()),
     )

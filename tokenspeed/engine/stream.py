@@ -19,7 +19,7 @@ _REASONS: dict[int, FinishReason] = {
     Finish.ABORT: "abort",
     Finish.ERROR: "error",
 }
-NOT_FINITE_ERROR = "the model produced values that are not finite; this request was ended"
+NOT_FINITE_ERROR = "the model's values were not finite, or no token was allowed; this request was ended"
 
 
 class Choice:
@@ -171,4 +171,4 @@ class Stream(AsyncIterator[RequestOutput]):
 
 def new_choice(id: int, index: int, tokenizer: Tokenizer, params: SamplingParams, eos: frozenset[int]) -> Choice:
     """A choice with its own detokenizer and stop-string matcher."""
-    return Choice(id, index, OutputText(tokenizer, params), eos)
+    return Choice(id, index, OutputText(tokenizer, params, eos_token_ids=eos), eos)

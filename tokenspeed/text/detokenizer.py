@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
+from codecs import utf_8_decode
 from collections.abc import Iterable
 
 from tokenspeed.text.tokenizer import Tokenizer
-
-_UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
@@ -19,24 +17,26 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continues: bool = False) -> None:
-        self._token_bytes = tokenizer.token_bytes
+        self._table = tokenizer.table
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._strips = tokenizer.strips_leading_space and not continues
-        self._decoder = _UTF8("replace")
+        self._rest = b""
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these tokens complete; empty while a character is incomplete."""
-        data = b"".join([self._token_bytes(token_id) for token_id in ids if token_id not in self._hidden])
-        return self._begun(self._decoder.decode(data))
+        table, hidden = self._table, self._hidden
+        data = b"".join([self._rest, *[table[token_id] for token_id in ids if token_id not in hidden]])
+        text, used = utf_8_decode(data, "replace", False)
+        self._rest = data[used:]
+        return self._begun(text) if self._strips else text
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if a character stayed incomplete. The detokenizer is then new again."""
-        text = self._begun(self._decoder.decode(b"", True))
-        self._decoder.reset()
-        return text
+        """What is left at the end: U+FFFD if a character stayed incomplete."""
+        text, _ = utf_8_decode(self._rest, "replace", True)
+        self._rest = b""
+        return self._begun(text) if self._strips else text
 
     def _begun(self, text: str) -> str:
-        if self._strips and text:
+        if text:
             self._strips = False
-            return text.removeprefix(" ")
-        return text
+        return text.removeprefix(" ")

@@ -74,9 +74,7 @@ class LibraryTokenizer(Tokenizer):
         self._pieces: list[str | None] = [None] * self.vocab_size
         for piece, token_id in vocab.items():
             self._pieces[token_id] = piece
-        self._bytes: list[bytes | None] = [None] * self.vocab_size
-        for token in added:
-            self._bytes[token.token_id] = token.content.encode("utf-8")
+        self._added = {token.token_id: token.content for token in added}
 
         ids = {**vocab, **{token.content: token.token_id for token in added}}
         self.bos_token_id = ids.get(token_text(config.get("bos_token")) or "")
@@ -113,11 +111,10 @@ class LibraryTokenizer(Tokenizer):
         return list(self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def _token_bytes(self, token_id: int) -> bytes:
-        data = self._bytes[token_id]
-        if data is None:
-            piece = self._pieces[token_id]
-            data = self._bytes[token_id] = b"" if piece is None else piece_bytes(piece, self._decoder)
-        return data
+        if token_id in self._added:
+            return self._added[token_id].encode("utf-8")
+        piece = self._pieces[token_id]
+        return b"" if piece is None else piece_bytes(piece, self._decoder)
 
 
 def piece_bytes(piece: str, decoder: str) -> bytes:

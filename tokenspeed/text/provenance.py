@@ -143,18 +143,29 @@ class Text(str):
         return _recased(self, str.capitalize)
 
     def translate(self, table: Any, /) -> Text:
-        parts = [str.translate(character, table) for character in str.__iter__(self)]
-        return text("".join(parts), _stretched(self._origin, parts))
+        """As `str.translate`; what a character is replaced by counts as in `replace`."""
+        parts: list[str] = []
+        for character in self:
+            part = str.translate(character, table)
+            if part == character:
+                parts.append(character)
+            elif part:
+                new = table[ord(character)]
+                parts.append(new if isinstance(new, Text) and is_templates(character) else from_request(part))
+        return concatenated(parts)
 
     def expandtabs(self, tabsize: SupportsIndex = 8) -> Text:
         size = tabsize.__index__()
         parts: list[str] = []
         column = 0
         for character in str.__iter__(self):
-            part = " " * (size - column % size if size > 0 else 0) if character == "\t" else character
+            part = character
+            if character == "\t":
+                width = size - column % size if size > 0 else 0
+                check_size(width)
+                part = " " * width
             column = 0 if character in "\r\n" else column + len(part)
             parts.append(part)
-            check_size(len(part))
         return text(str.expandtabs(self, size), _stretched(self._origin, parts))
 
     def center(self, width: SupportsIndex, fillchar: str = " ", /) -> Text:
@@ -202,8 +213,11 @@ def is_templates(value: object) -> bool:
 
 def runs(value: Text) -> Iterator[tuple[str, bool]]:
     """The longest stretches of one origin: (text, came from the request)."""
-    for run in re.finditer(rb"\0+|[^\0]+", value._origin):
-        yield str.__getitem__(value, slice(run.start(), run.end())), run.group()[0] != TEMPLATE[0]
+    source = value._origin
+    plain = str.__add__("", value)
+    for run in re.finditer(rb"\0+|[^\0]+", source):
+        start, end = run.span()
+        yield plain[start:end], source[start] != TEMPLATE[0]
 
 
 def public(value: object) -> str:
@@ -315,11 +329,11 @@ def _dotted(precision: str | None) -> str:
 
 def converted(value: Any, wrap: Callable[[str], Text] = from_request) -> Any:
     """JSON-like data with every string, keys too, made a `Text`. Raises `TypeError` for anything else."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
     if isinstance(value, str):
         return wrap(value)
-    if isinstance(value, Mapping):
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (dict, Mapping)):
         return {converted(key, wrap): converted(item, wrap) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [converted(item, wrap) for item in value]

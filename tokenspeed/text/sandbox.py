@@ -83,6 +83,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().getitem(_tracked(obj), argument)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and isinstance(left, Text):
+            return left + right  # checks the size itself; the usual case
         if operator == "**":
             if isinstance(right, (int, float)) and abs(right) > MAX_EXPONENT:
                 raise OverflowError(f"a power above {MAX_EXPONENT}")

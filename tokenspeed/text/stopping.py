@@ -56,6 +56,10 @@ class StopStrings:
                     self.found[child] = self.found[self._fall[child]]
                 queue.append(child)
 
+    def passed(self, state: int) -> int:
+        """The state after a match that does not count: nothing that only led to it is held back any longer."""
+        return state if self._next[state] else self._fall[state]
+
     def advance(self, state: int, character: str) -> int:
         """The state after one more character."""
         while state and character not in self._next[state]:
@@ -86,9 +90,7 @@ class OutputText:
         if eos_token_ids is None:
             eos_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self._ending_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
-        self._detokenizer = Detokenizer(
-            tokenizer, skip_special_tokens=params.skip_special_tokens, continues=continues
-        )
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, continues=continues)
         self._stops = stop_strings(params.stop)
         self._min_tokens = params.min_tokens
         self._shows_stop = params.include_stop_str_in_output
@@ -130,7 +132,11 @@ class OutputText:
         for index in range(len(self._held), len(text)):
             state = stops.advance(state, text[index])
             stop = stops.found[state]
-            if stop is not None and self._num_tokens > self._min_tokens:
+            if stop is None:
+                continue
+            if self._num_tokens <= self._min_tokens:
+                state = stops.passed(state)
+            else:
                 end = index + 1
                 shown.append(text[: end if self._shows_stop else end - len(stop)])
                 self._held, self._stop = "", stop

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,12 @@ PATTERNS: dict[str, str] = {
 }
 """Splitting expressions by `tokenizer_class`. A family with its own expression adds a line here."""
 
-MAX_STRETCH = 100_000
-"""Characters handed to tiktoken at once: its expression engine gives up far above (one run of 1M blanks)."""
+MAX_CHARACTERS, MAX_RUN = 400_000, 25_000
+"""Text is cut after so many characters, and after so many blanks, or others, in a row. Both numbers are those
+that Llama 3 and Kimi K2 publish with their tokenizers. Without them a run of a million blanks overflows the
+stack of tiktoken's expression engine, and the process panics.
+"""
+RUN = re.compile(r"\s+|\S+")
 
 
 def looks_like_ranks(head: bytes) -> bool:
@@ -100,11 +105,27 @@ class TiktokenTokenizer(Tokenizer):
             if isinstance(piece, int):
                 ids.append(piece)
             else:
-                ids += self._encoding.encode_ordinary(piece)
+                for part in short_runs(piece):
+                    ids += self._encoding.encode_ordinary(part)
         return ids
 
     def _token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id]
+
+
+def short_runs(text: str) -> Iterator[str]:
+    """The text in parts of at most `MAX_CHARACTERS`, with runs of at most `MAX_RUN`."""
+    if len(text) <= MAX_RUN:
+        yield text
+        return
+    for start in range(0, len(text), MAX_CHARACTERS):
+        end = min(start + MAX_CHARACTERS, len(text))
+        at = start
+        for run in RUN.finditer(text, start, end):
+            for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+                yield text[at:cut]
+                at = cut
+        yield text[at:end]
 
 
 def _ranks(path: Path) -> dict[bytes, int]:

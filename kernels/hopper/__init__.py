@@ -1,0 +1,38 @@
+"""Kernels written for one chip, NVIDIA's Hopper (sm90), in Gluon: tiles, barriers and copies placed by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from tokenspeed.kernels.registry import Implementation, Multiple, On, OneOf, lazy
+
+
+def _unavailable() -> str | None:
+    try:
+        found = importlib.util.find_spec("triton.experimental.gluon")
+    except ModuleNotFoundError:
+        found = None
+    return None if found else "triton with Gluon (3.6 or newer) is not installed"
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """The ops that have a Hopper version."""
+    traits: dict[str, OneOf | Multiple] = {
+        "kv_lora_rank": OneOf(frozenset((512,))),
+        "rope_dim": OneOf(frozenset((64,))),
+        "block_size": Multiple(of=64),
+    }
+    return (
+        Implementation(
+            "mla_decode",
+            "hopper",
+            lazy("tokenspeed.kernels.hopper.mla_decode:bind"),
+            (On("nvidia", arch="sm90"),),
+            frozenset((torch.bfloat16, torch.float16)),
+            traits,
+            priority=20,
+            unavailable=_unavailable,
+        ),
+    )
