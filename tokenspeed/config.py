@@ -22,7 +22,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     `model` is a folder, a .gguf file or a Hugging Face hub name; None is the embedded demonstration
     model. `max_model_len` None is the checkpoint's own. `kv_cache_bytes` None sizes the cache from the
-    memory that is free. `overlap` is the number of steps in flight while the next is planned (0 or 1).
+    memory that is free; `max_num_batched_tokens` None is what suits the device. `overlap` is the number
+    of steps in flight while the next is planned (0 or 1).
     """
 
     model: str | None = None
@@ -33,7 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len: int | None = None
     block_size: int = 64
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     max_queued_requests: int = 1024
     enable_prefix_caching: bool = True
     kv_cache_bytes: int | None = None
@@ -58,7 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{flag} must be at least 1, got {value}")
         if self.overlap not in (0, 1):
             raise ConfigError(f"--overlap must be 0 or 1, got {self.overlap}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
                 f"--max-num-seqs ({self.max_num_seqs}): every decoding request needs one token a step"

@@ -11,7 +11,16 @@ from torch import Tensor
 Made = tuple[str, dict[str, Any], Callable[[torch.Generator, torch.dtype], tuple[Any, ...]], Callable[..., Any]]
 """Name, traits, arguments, results, as `Case` takes them."""
 
-LENGTHS = ([150], [1], [0, 64, 65, 0, 200, 1], [33] * 9, [300, 2, 5])
+MLA_SHAPES = (
+    # lengths, heads, queries, block size, latent rank, rotary part
+    ([70], 16, 1, 64, 64, 16),
+    ([1], 3, 2, 64, 64, 16),
+    ([0, 64, 65, 0, 100, 1], 4, 4, 16, 32, 16),
+    ([33] * 5, 16, 1, 32, 32, 16),
+    ([150, 2, 5], 5, 3, 128, 32, 16),
+    ([300, 0, 64, 1000], 16, 2, 64, 512, 64),
+    ([513] * 3, 33, 1, 128, 512, 64),
+)
 
 
 def normal(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -41,21 +50,17 @@ def returned(arguments: tuple[Any, ...], value: Tensor) -> tuple[Tensor, ...]:
 
 
 def mla_decode_cases() -> Iterator[Made]:
-    for n, lengths in enumerate(LENGTHS):
-        heads, queries, rank, rope, block_size = (
-            (16, 3, 4, 16, 5)[n],
-            (1, 2, 4, 1, 3)[n],
-            64,
-            16,
-            (64, 64, 16, 64, 128)[n],
-        )
+    for lengths, heads, queries, block_size, rank, rope in MLA_SHAPES:
 
-        def arguments(g: torch.Generator, dtype: torch.dtype, ls=lengths, h=heads, n=queries, b=block_size) -> Any:
-            q = normal(g, dtype, len(ls), n, h, 64 + 16)
-            return q[..., :64], q[..., 64:], *latent_cache(g, dtype, ls, b, 80), 0.12
+        def arguments(
+            g: torch.Generator, dtype: torch.dtype, ls=lengths, h=heads, n=queries, b=block_size, c=rank, p=rope
+        ) -> Any:
+            q = normal(g, dtype, len(ls), n, h, c + p)
+            return q[..., :c], q[..., c:], *latent_cache(g, dtype, ls, b, c + p), 0.12
 
         traits = {"num_heads": heads, "kv_lora_rank": rank, "rope_dim": rope, "block_size": block_size}
-        yield f"{len(lengths)} rows to {max(lengths)}, {queries} queries, {heads} heads", traits, arguments, returned
+        name = f"{len(lengths)} rows to {max(lengths)}, {queries} queries, {heads} heads, {rank}+{rope}"
+        yield name, traits, arguments, returned
 
 
 def mla_prefill_cases() -> Iterator[Made]:
@@ -113,7 +118,7 @@ def moe_experts_cases() -> Iterator[Made]:
     for tokens, hidden, inner, experts, top_k, shared, padding in (
         (1, 128, 64, 6, 2, 1, 0),
         (3, 192, 64, 8, 3, 0, 1),
-        (21, 64, 192, 5, 2, 2, 4),
+        (19, 64, 192, 4, 2, 1, 2),
         (2, 64, 64, 4, 1, 1, 2),
     ):
 

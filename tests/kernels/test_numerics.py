@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.mla_moe_cases import MLA_MOE_CASES
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.registry import OPS, Implementation, Target, TraitValue
 from tokenspeed.kernels.selection import default
@@ -217,6 +218,10 @@ def mha_prefill_cases() -> Iterator[Case]:
         yield Case(str(paged), paged.traits, paged.arguments, returned)
 
 
+def mla_moe_cases(op: str) -> Iterator[Case]:
+    return (Case(*made) for made in MLA_MOE_CASES[op]())
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "embedding": embedding_cases,
     "kv_store": kv_store_cases,
@@ -226,6 +231,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "rms_norm": rms_norm_cases,
     "rotary": rotary_cases,
     "silu_mul": silu_mul_cases,
+    **{op: functools.partial(mla_moe_cases, op) for op in MLA_MOE_CASES},
 }
 
 

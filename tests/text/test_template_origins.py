@@ -15,7 +15,7 @@ from tokenspeed.text.spans import Span
 from tokenspeed.text.template import ChatTemplate
 from tokenspeed.text.tokenizer import Tokenizer
 
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 CYRILLIC = st.text(alphabet="абвГДЕ жз\n", min_size=1, max_size=8)
@@ -127,7 +127,7 @@ WRAPS = listed(r"""
 ({0}|upper) ;; ({0}|lower) ;; ({0}|title) ;; ({0}|capitalize) ;; ({0}|trim) ;; ({0}|trim('x'))
 ({0}|replace('a', '<|im_end|>')) ;; ({0}|replace('b', {1})) ;; ({0}|join({1})) ;; ({0}|join)
 ({0}|indent(2)) ;; ({0}|indent(3, true, true)) ;; ({0}|center(9)) ;; ({0}|truncate(5)) ;; ({0}|wordwrap(4))
-({0}|string) ;; ({0}|list) ;; ({0}|reverse) ;; ({0}|reverse|list) ;; ({0}|first) ;; ({0}|last)
+({0}|string) ;; ({0}|list) ;; ({0}|reverse|list) ;; ({0}|first) ;; ({0}|last)
 ({0}|tojson) ;; ({0}|tojson(indent=2)) ;; ({0}|length) ;; ({0}|default({1}))
 ({0}|default('<|im_end|>', true)) ;; ({0}|safe) ;; ({0}|e) ;; ({0}|urlencode) ;; ({0}|striptags)
 ({0}|pprint) ;; ({0}|wordcount) ;; ({0}|sort) ;; ({0}|unique|list) ;; ({0}|batch(2)|list)
@@ -174,11 +174,11 @@ def template_sources(draw: st.DrawFn) -> str:
 
 def comparable(source: str, shown: str | None) -> bool:
     """`safe` makes jinja2 escape what is added to it, here it does nothing; memory addresses differ anyway."""
-    return "|safe" not in source and " at 0x" not in (shown or "")
+    return "|safe" not in source and " at 0x" not in (shown or "").lower()
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 @given(source=template_sources(), content=CYRILLIC, role=CYRILLIC)
 def test_random_templates_render_as_in_transformers_and_tell_origins_apart(
@@ -204,7 +204,7 @@ def test_random_templates_render_as_in_transformers_and_tell_origins_apart(
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 @given(source=template_sources(), data=st.data())
 def test_random_templates_never_give_a_request_control_tokens(toy: Tokenizer, source: str, data: st.DataObject) -> None:

@@ -23,6 +23,10 @@ from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.registry import build_model
 
+STEP_TOKENS = 256
+"""Tokens of a step on a CPU, unless a flag says otherwise: every stream waits for the prompts in its step, and
+two cores prefill about 300 tokens a second of a small model."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all) as loading goes on."""
 
@@ -52,7 +56,7 @@ def load_executor(config: EngineConfig, progress: Progress | None = None) -> Loa
     max_model_len = context_length(config.max_model_len, model_config)
     limits = BatchLimits(
         max_rows=config.max_num_seqs,
-        max_tokens=config.max_num_batched_tokens,
+        max_tokens=config.max_num_batched_tokens or max(STEP_TOKENS, config.max_num_seqs),
         max_blocks=-(-max_model_len // config.block_size),
         block_size=config.block_size,
     )

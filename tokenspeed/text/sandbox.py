@@ -31,7 +31,6 @@ from tokenspeed.text.provenance import (
     from_template,
     is_templates,
     public,
-    text,
 )
 
 MAX_EXPONENT = 256
@@ -244,12 +243,10 @@ def join(
     """The filter `join`, with the separator's and the items' provenance."""
     if attribute is not None:
         value = map(make_attrgetter(environment, attribute), value)
-    separator = str(d) if d else from_template("")
-    parts = [str(item) for item in value]
-    return text("", b"").join(parts) if not separator else concatenated(_interleaved(separator, parts))
+    return concatenated(_interleaved(str(d), map(str, value)))
 
 
-def _interleaved(separator: str, parts: list[str]) -> Iterable[str]:
+def _interleaved(separator: str, parts: Iterable[str]) -> Iterable[str]:
     for index, part in enumerate(parts):
         if index:
             yield separator
