@@ -117,6 +117,8 @@ class Scheduler {
   const Sequence* sequence_of(RequestId id) const;
   std::optional<std::int32_t> cached_tokens(RequestId id) const;
   Counters counters() const;
+  // Whether a request has not ended, or has but a launched step may still touch its memory.
+  bool holds(RequestId id) const { return requests_.contains(id); }
   std::int32_t num_unfinished() const { return static_cast<std::int32_t>(requests_.size()); }
   std::int32_t max_length() const { return max_length_; }
 

@@ -237,7 +237,6 @@ def mla_kernels() -> dict[str, MlaKernel]:
     return {
         "hopper": hopper.MlaDecode(512, 64),
         "triton": mla.MlaDecode(512, 64, mla.Config()),
-        "triton, 32 columns": mla.MlaDecode(512, 64, mla.Config(columns=32)),
         "triton, no descriptors": mla.MlaDecode(512, 64, mla.Config(tma=False, dependent=False)),
     }
 

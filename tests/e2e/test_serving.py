@@ -148,6 +148,8 @@ def test_200_streams_a_third_of_them_dropped_leave_nothing_behind(server: Server
     assert set(ends) <= {"done", "dropped"}
     assert all(end == "done" for index, end in enumerate(ends) if index % 3)
     assert ends.count("dropped") >= 20
+    assert server.metric("num_aborts_total") >= ends.count("dropped") / 2
+    assert server.metric("slowest_abort_steps") <= 2 or server.metric("slowest_abort_seconds") <= 0.1
 
 
 def test_ctrl_c_lets_admitted_streams_end_and_exits_0(tmp_path: Path) -> None:

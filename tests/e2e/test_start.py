@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from tests.toy import toy_llama
 SECONDS = 10.0
 
 
-def start(*flags: str) -> tuple[int, str, float]:
+def start(*flags: str, **environment: str) -> tuple[int, str, float]:
     """Run the server with these flags to its end: exit status, output, seconds."""
     began = time.monotonic()
     done = subprocess.run(
@@ -28,6 +29,7 @@ def start(*flags: str) -> tuple[int, str, float]:
         timeout=30,
         check=False,
         stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
     )
     return done.returncode, done.stdout + done.stderr, time.monotonic() - began
 
@@ -118,6 +120,14 @@ def test_a_wrong_flag_is_named(flags: list[str], named: str) -> None:
     status, output, seconds = start("--port", "0", *flags)
     assert status != 0 and seconds < SECONDS
     assert named in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("forced", ["mha_decode=abacus", "steam=reference", "nonsense"])
+def test_a_kernel_choice_that_cannot_be_honoured_is_named(good: Path, forced: str) -> None:
+    status, output, seconds = start("--model", str(good), "--port", "0", TOKENSPEED_KERNELS=forced)
+    assert status != 0 and seconds < SECONDS
+    assert forced.split("=", maxsplit=1)[0] in output and "Traceback" not in output
+    assert len(one_line(output)) == 1, output
 
 
 def test_a_truncated_gguf_is_named(tmp_path: Path) -> None:

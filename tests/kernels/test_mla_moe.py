@@ -167,7 +167,7 @@ def interpret() -> int:
         if op == "moe_route":
             return [moe_route.Route(traits)]
         ways = ((64, False), (0, False), (0, True))
-        return [moe.MoeExperts(traits["num_shared"], moe.Config(r, tma=t, dependent=False)) for r, t in ways]
+        return [moe.MoeExperts(traits["num_shared"], moe.Config(r, 32, 32, tma=t, dependent=False)) for r, t in ways]
 
     wrong = 0
     for op, dtype in itertools.product(("mla_decode", "moe_route", "moe_experts"), (torch.float32, torch.float16)):

@@ -178,6 +178,7 @@ def test_the_end_of_a_continued_message_cannot_be_faked() -> None:
         ("{{ undefined_function() }}", "'undefined_function' is undefined"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ lipsum(5) }}", "undefined"),
+        ("{{ ['a']|map(messages[0].content)|list }}", "TemplateRuntimeError"),
     ],
 )
 def test_a_template_that_fails_is_the_requests_fault_and_repeats_none_of_it(source: str, said: str) -> None:
@@ -190,7 +191,7 @@ def test_a_template_that_fails_is_the_requests_fault_and_repeats_none_of_it(sour
     assert len(caught.value.message) < 400
 
 
-@pytest.mark.parametrize("key", ["bos_token", "raise_exception", "namespace", "range"])
+@pytest.mark.parametrize("key", ["bos_token", "raise_exception", "namespace", "range", "messages", "self"])
 def test_variables_of_the_server_cannot_be_set_by_a_request(key: str) -> None:
     template = ChatTemplate("{{ bos_token }}", special_tokens=TOKENS, name="toy")
     with pytest.raises(InvalidRequest, match=key) as caught:

@@ -149,6 +149,7 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         const Sequence* sequence_of(int64_t id) const
         optional[int32_t] cached_tokens(int64_t id) const
         Counters counters() const
+        bint holds(int64_t id) const
         int32_t num_unfinished() const
         int32_t max_length() const
         optional[string] check() except +translate_exception

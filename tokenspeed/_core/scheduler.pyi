@@ -72,6 +72,9 @@ class Scheduler:
         Known until the request ends, and after that for the requests of the latest `Outputs`.
         """
 
+    def holds(self, request_id: int) -> bool:
+        """Whether a request is unfinished, or has ended but a launched step may still touch its memory."""
+
     def stats(self) -> Stats:
         """The counters, in O(1)."""
 

@@ -232,6 +232,9 @@ cdef class Scheduler:
             "requests": [_plain(request) for request in requests],
         }
 
+    def holds(self, request_id):
+        return self.core.get().holds(request_id)
+
     @property
     def num_unfinished(self):
         return self.core.get().num_unfinished()

@@ -16,7 +16,8 @@ from tokenspeed.request import SamplingParams, TokenLogprob
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of the engine: requests and blocks as they are now, the rest since the start.
 
-    `draining` requests have ended, but a step in flight may still touch their memory.
+    `draining` requests have ended, but a step in flight may still touch their memory; `slowest_abort_seconds`
+    and `slowest_abort_steps` are the longest that an aborted one kept it.
     """
 
     running: int = 0
@@ -30,6 +31,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     generation_tokens: int = 0
     num_steps: int = 0
+    num_aborts: int = 0
+    slowest_abort_seconds: float = 0.0
+    slowest_abort_steps: int = 0
 
 
 class Start(msgspec.Struct, tag="start", frozen=True):

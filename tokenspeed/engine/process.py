@@ -40,15 +40,18 @@ async def serve(path: str) -> int:
     service = EngineService(first.config, emit)
     inputs = asyncio.create_task(_inputs(channel, service.handle))
     try:
-        await service.start()
+        try:
+            await service.start()
+        except ConfigError:
+            return 2
+        except Exception:
+            return 1  # logged and told by the service
         served = asyncio.create_task(service.wait())
         done, _ = await asyncio.wait({served, inputs}, return_when=asyncio.FIRST_COMPLETED)
         if inputs in done:
             inputs.result()
         # The service has logged what broke and told the front end.
         return 1 if served.done() and served.exception() is not None else 0
-    except ConfigError:
-        return 2
     finally:
         inputs.cancel()
         await service.close()

@@ -71,6 +71,12 @@ class EngineService:
             beat.cancel()
             self._emit(Failed(str(error), config=True))
             raise
+        except Exception as error:
+            # Not a rescue: whoever waits for this engine is told why it ends.
+            beat.cancel()
+            log.exception("loading failed")
+            self._emit(Failed(f"{type(error).__name__}: {error}", config=False))
+            raise
         self._executor = loaded.executor
         self._loop = self._build(loaded)
         # What was loaded lives until the end: keep the collector from walking it during steps.

@@ -49,6 +49,15 @@ class Known:
     started: bool = False
 
 
+@dataclass(slots=True)
+class Aborts:
+    """How many choices were aborted, and the longest that one held its memory afterwards."""
+
+    count: int = 0
+    slowest_seconds: float = 0.0
+    slowest_steps: int = 0
+
+
 class StepLoop:
     """Drives one control plane and one executor. `overlap` is how many steps may be in flight while planning.
 
@@ -75,6 +84,8 @@ class StepLoop:
         self._buffers = [executor.new_buffers() for _ in range(overlap + 1)]
         self._known: dict[int, Known] = {}
         self._slots: dict[int, int] = {}
+        self._leaving: dict[int, tuple[float, int]] = {}
+        self._aborts = Aborts()
         self._wake = asyncio.Event()
         self._stopping = False
         self._steps = 0
@@ -108,7 +119,9 @@ class StepLoop:
 
     def abort(self, request_id: int) -> None:
         """End a choice that nobody reads. Its slot and blocks come back when its last step lands."""
-        self._core.abort(request_id)
+        if self._core.abort(request_id):
+            self._leaving[request_id] = (time.monotonic(), self._steps)
+            self._note_departures()
         self._known.pop(request_id, None)
         self._wake.set()
 
@@ -172,6 +185,8 @@ class StepLoop:
         if self._debug and (violation := self._core.check()) is not None:
             raise InvariantBroken(violation)
         self._steps += 1
+        if self._leaving:
+            self._note_departures()
         choices = self._choices(result, outputs)
         if choices:
             self._publish_to(choices)
@@ -179,6 +194,14 @@ class StepLoop:
         self.timer.commit += committed - start
         self.timer.publish += done - committed
         self.timer.landed(done, plan.num_rows, result.times, more=more)
+
+    def _note_departures(self) -> None:
+        """Measure how long aborted choices held their memory: a launched step may have to land first."""
+        for request_id in [held for held in self._leaving if not self._core.holds(held)]:
+            began, step = self._leaving.pop(request_id)
+            self._aborts.count += 1
+            self._aborts.slowest_seconds = max(self._aborts.slowest_seconds, time.monotonic() - began)
+            self._aborts.slowest_steps = max(self._aborts.slowest_steps, self._steps - step)
 
     # Outputs -----------------------------------------------------------------------------------
 
@@ -247,6 +270,9 @@ class StepLoop:
             cached_tokens=core.cached_prompt_tokens,
             generation_tokens=core.generated_tokens,
             num_steps=self._steps,
+            num_aborts=self._aborts.count,
+            slowest_abort_seconds=self._aborts.slowest_seconds,
+            slowest_abort_steps=self._aborts.slowest_steps,
         )
 
     def retry_after(self) -> int:

@@ -53,7 +53,7 @@ FLAGS = (
     Flag("--max-model-len", "max_model_len", int, "context in tokens; default: the checkpoint's", True),
     Flag("--block-size", "block_size", int, f"tokens in a KV block: {', '.join(map(str, BLOCK_SIZES))}", True),
     Flag("--max-num-seqs", "max_num_seqs", int, "requests that run at once", True),
-    Flag("--max-num-batched-tokens", "max_num_batched_tokens", int, "tokens in a step; default: what suits the device", True),
+    Flag("--max-num-batched-tokens", "max_num_batched_tokens", int, "tokens in a step; default: by device", True),
     Flag("--max-queued-requests", "max_queued_requests", int, "requests that may wait; more get 429", True),
     Flag("--enable-prefix-caching", "enable_prefix_caching", bool, "reuse the KV blocks of equal prefixes", True),
     Flag(

@@ -80,6 +80,8 @@ class Metrics(Collector):
         gauges = (
             ("num_requests_running", "Choices that have a slot", stats.running),
             ("num_requests_waiting", "Choices that wait for one", stats.waiting),
+            ("slowest_abort_seconds", "Longest that an aborted choice kept its memory", stats.slowest_abort_seconds),
+            ("slowest_abort_steps", "The same in steps that landed meanwhile", stats.slowest_abort_steps),
             ("kv_cache_usage_perc", "Share of KV blocks that running requests hold, 0 to 1", used),
         )
         for name, text, value in gauges:
@@ -88,6 +90,7 @@ class Metrics(Collector):
             ("prompt_tokens", "Prompt tokens of admitted requests, cached ones included", stats.prompt_tokens),
             ("prompt_tokens_cached", "Prompt tokens found in the prefix cache", stats.cached_tokens),
             ("generation_tokens", "Generated tokens", stats.generation_tokens),
+            ("num_aborts", "Choices that nobody waited for any more", stats.num_aborts),
             ("num_preemptions", "Requests that gave their blocks back to others", stats.num_preemptions),
         )
         for name, text, value in counters:

@@ -19,6 +19,7 @@ from tokenspeed.executor.interface import Executor
 from tokenspeed.executor.machine import available_cpus, available_memory
 from tokenspeed.executor.memory import block_bytes, mib, num_kv_blocks
 from tokenspeed.kernels.platform import Platform
+from tokenspeed.kernels.registry import KernelError
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.registry import build_model
@@ -66,11 +67,11 @@ def load_executor(config: EngineConfig, progress: Progress | None = None) -> Loa
     dtype = default_dtype(model_config, platform) if dtype is None else dtype
     ctx = BuildContext.of(device=device, dtype=dtype, max_positions=max_model_len, block_size=config.block_size)
     # Built without memory first: what does not fit is refused before it is allocated (0.1 s for 30 layers).
-    shapes = build_model(model_config, dataclasses.replace(ctx, device=torch.device("meta")))
+    shapes = built(model_config, dataclasses.replace(ctx, device=torch.device("meta")))
     per_block = block_bytes(shapes.kv_spec, config.block_size, dtype)
     available = left_by_weights(shapes, available_memory())
     num_blocks = num_kv_blocks(per_block, limits, kv_cache_bytes=config.kv_cache_bytes, available=available)
-    model = build_model(model_config, ctx)
+    model = built(model_config, ctx)
     load_weights(model, source, None if progress is None else lambda done, total: progress("weights", done, total))
     num_threads = config.num_threads or available_cpus()
     executor = CpuExecutor(
@@ -86,6 +87,14 @@ def load_executor(config: EngineConfig, progress: Progress | None = None) -> Loa
         f"KV cache of {num_blocks} blocks of {config.block_size} tokens, {mib(num_blocks * per_block)}"
     )
     return LoadedExecutor(executor, limits, max_model_len, model_config.eos_token_ids, summary)
+
+
+def built(config: ModelConfig, ctx: BuildContext) -> CausalLM:
+    """The model with its kernels chosen. A choice that cannot be honoured is a `ConfigError` that says why."""
+    try:
+        return build_model(config, ctx)
+    except KernelError as error:
+        raise ConfigError(str(error)) from error
 
 
 def context_length(asked: int | None, config: ModelConfig) -> int:

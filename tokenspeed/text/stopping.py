@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
+
+import msgspec
 
 from tokenspeed.request import SamplingParams
 from tokenspeed.text.detokenizer import Detokenizer
 from tokenspeed.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True):
     """What some tokens added: `text` to show now, and `num_tokens`, the tokens of the choice so far.
 
     `stop` is the stop string that ended the choice; `num_tokens` then counts up to the token that
@@ -108,14 +108,18 @@ class OutputText:
         if self._stop is not None:
             return TextDelta("", self._num_tokens, self._stop)
         ids = list(token_ids)
+        dropped = int(finished and bool(ids) and ids[-1] in self._ending_ids and not self._shows_stop)
         shown: list[str] = []
-        for index, token_id in enumerate(ids):
-            self._num_tokens += 1
-            if finished and index == len(ids) - 1 and token_id in self._ending_ids and not self._shows_stop:
-                continue
-            text = self._detokenizer.feed((token_id,))
-            if text and self._add(text, shown):
-                return TextDelta("".join(shown), self._num_tokens, self._stop)
+        if self._stops.first:
+            for token_id in ids[: len(ids) - dropped]:
+                self._num_tokens += 1
+                text = self._detokenizer.feed((token_id,))
+                if text and self._add(text, shown):
+                    return TextDelta("".join(shown), self._num_tokens, self._stop)
+            self._num_tokens += dropped
+        else:
+            shown.append(self._detokenizer.feed(ids[: len(ids) - dropped]))
+            self._num_tokens += len(ids)
         if finished and not self._add(self._detokenizer.flush(), shown):
             shown.append(self._held)
             self._held, self._state = "", 0

@@ -34,6 +34,7 @@ transformers writes the same words, so a template that strips or measures the me
 """
 
 RENDER_ERRORS = (
+    jinja2.TemplateError,
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -42,7 +43,7 @@ RENDER_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What a template's own operations can raise, beside jinja2's errors."""
+"""What a template's own operations can raise. Their messages may repeat the request, so only the type is told."""
 
 
 class ChatTemplate:
@@ -68,6 +69,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
@@ -84,7 +86,7 @@ class ChatTemplate:
         """
         template = self._choose(tools)
         for key in kwargs:
-            if key in self._special_tokens or key in template.environment.globals:
+            if key in ("messages", "self") or key in self._special_tokens or key in template.environment.globals:
                 raise InvalidRequest(f"chat_template_kwargs must not set {key}", param="chat_template_kwargs")
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest(
@@ -106,7 +108,7 @@ class ChatTemplate:
             raise InvalidRequest(_short(error.message), param="messages") from error
         except jinja2.exceptions.SecurityError as error:
             raise InvalidRequest("the chat template does what the sandbox does not allow", param="messages") from error
-        except jinja2.TemplateError as error:
+        except jinja2.UndefinedError as error:
             raise InvalidRequest(f"the chat template fails: {_short(error.message)}", param="messages") from error
         except OverflowError as error:
             raise InvalidRequest("the chat template builds too much from these messages", param="messages") from error
