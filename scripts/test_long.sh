@@ -26,5 +26,8 @@ print("from the wheel:", repr(out[0][0].text))
 PY
 )
 
+echo "== the embedded model against transformers"
+"$python" -m pytest -q tests/long
+
 echo "== control-plane fuzz: $seeds seeds of $ops operations"
 nice "$python" -m tests.core.fuzz --ops "$ops" --seeds "$seeds"

@@ -197,10 +197,10 @@ def _merge(
 
 @dataclass(frozen=True)
 class Config:
-    """What may be tuned. `columns` at most so many (query, head) pairs a program; `dependent`: programmatic launch."""
+    """What may be tuned. `columns`: at most so many (query, head) pairs a program; `dependent`: programmatic launch."""
 
     stages: int = 2
-    columns: int = 64
+    columns: int | None = None
     tma: bool = True
     dependent: bool = True
     shares: int | None = None
@@ -226,7 +226,9 @@ class MlaDecode:
         config = self.config or Config(tma=hopper, dependent=hopper)
         block_n = math.gcd(64, block_size)
         width = num_queries * num_heads
-        columns = max(16, min(config.columns, triton.next_power_of_2(width)))
+        # 64 columns take 8 warps at the register limit: worth it only where 32 would read the cache four times.
+        most = config.columns or (32 if width <= 64 else 64)
+        columns = max(16, min(most, triton.next_power_of_2(width)))
         column_blocks = triton.cdiv(width, columns)
         shares = config.shares or max(1, num_multiprocessors(device) // column_blocks)
         # One place for each (share, row) on the way from (0, 0) to (shares − 1, rows − 1).

@@ -53,8 +53,9 @@ def _up_rows(
         dependency_wait(DEPENDENT)
         expert = tl.load(ids + pair)
         rows = gate_up + expert.to(tl.int64) * (2 * INNER * HIDDEN)
-        gate_weight = tl.load(rows + at, mask=expert >= 0, other=0.0)
-        up_weight = tl.load(rows + INNER * HIDDEN + at, mask=expert >= 0, other=0.0)
+        live = tl.full([1, 1], 1, tl.int1) & (expert >= 0)
+        gate_weight = tl.load(rows + at, mask=live, other=0.0)
+        up_weight = tl.load(rows + INNER * HIDDEN + at, mask=live, other=0.0)
     # After our own wait: the dependents may then read the ids before theirs.
     release_dependents(DEPENDENT)
     if expert >= 0:
