@@ -36,10 +36,6 @@ def prefill() -> ops.MhaPrefill:
     return ops.mha_prefill(TARGET, num_heads=6, num_kv_heads=2, head_dim=64, block_size=16)
 
 
-def test_torch_brings_the_threads_that_the_kernels_use() -> None:
-    assert _ops.has_threads()
-
-
 def test_a_row_decodes_to_the_same_bits_alone_and_in_a_batch(generator: torch.Generator) -> None:
     q, k, v, table, kv_len, kv_lens, scale = PAGED.decode_arguments(generator, torch.float32)
     together = decode()(q, k, v, table, kv_len, kv_lens, scale)

@@ -51,9 +51,15 @@ class LLM:
             raise
 
     async def _generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[RequestOutput]]:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._whole(prompt, params)) for prompt in prompts]
-        return [task.result() for task in tasks]
+        # Not a TaskGroup: a refusal is raised as it is, not wrapped in an exception group.
+        tasks = [asyncio.create_task(self._whole(prompt, params)) for prompt in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
 
     async def _whole(self, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
         whole: dict[int, RequestOutput] = {}
