@@ -14,6 +14,7 @@ from tokenspeed.errors import ConfigError
 LoadFormat = Literal["auto", "safetensors", "gguf"]
 DType = Literal["auto", "float32", "bfloat16"]
 
+MAX_QUEUED = 1_000_000
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -57,6 +58,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for flag, value in positive:
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} must be at least 1, got {value}")
+        if self.max_queued_requests > MAX_QUEUED:
+            raise ConfigError(f"--max-queued-requests must be at most {MAX_QUEUED}, got {self.max_queued_requests}")
         if self.overlap not in (0, 1):
             raise ConfigError(f"--overlap must be 0 or 1, got {self.overlap}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:

@@ -86,6 +86,13 @@ class QueueFull(RequestError):
     type = "rate_limit_error"
 
 
+class InternalError(RequestError):
+    """500: a defect of this server ended one request. The log has the details, the client does not."""
+
+    status = 500
+    type = "internal_error"
+
+
 class Unavailable(RequestError):
     """503: the engine is loading, draining or dead."""
 

@@ -7,6 +7,7 @@ the front end and once more at the engine's door.
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 import msgspec
@@ -21,6 +22,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
 MAX_BIAS_ENTRIES = 1024
 MAX_SEED = 2**63
+
+_PATH = re.compile(r"`\$\.(\w+)")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -63,16 +66,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def check(self, vocab_size: int) -> None:
         """Raise `InvalidRequest` naming the first field that is out of range for this vocabulary."""
+        self._check_types()
         _between("temperature", self.temperature, 0.0, 100.0)
-        if self.top_k < -1:
+        if not -1 <= self.top_k < 2**31:
             raise InvalidRequest(f"top_k must be −1 (off), 0 (off) or positive, got {self.top_k}", param="top_k")
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequest(f"top_p must be in (0, 1], got {self.top_p}", param="top_p")
         _between("min_p", self.min_p, 0.0, 1.0)
-        if not 0.0 < self.repetition_penalty <= 100.0:
-            raise InvalidRequest(
-                f"repetition_penalty must be in (0, 100], got {self.repetition_penalty}", param="repetition_penalty"
-            )
+        _between("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if not 1 <= self.n <= MAX_N:
@@ -89,6 +90,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if not text or len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
                 raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_BYTES} bytes", param="stop")
 
+    def _check_types(self) -> None:
+        """A struct made in Python holds whatever it was given; one from the wire is what it says."""
+        try:
+            msgspec.convert(msgspec.to_builtins(self, builtin_types=()), SamplingParams, strict=True)
+        except (msgspec.ValidationError, TypeError, OverflowError) as error:
+            path = _PATH.search(str(error))
+            raise InvalidRequest(str(error), param=path[1] if path else None) from error
+
     def _check_lengths(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}", param="max_tokens")
@@ -102,6 +111,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def _check_ids(self, vocab_size: int) -> None:
         _ids_in_vocabulary("stop_token_ids", self.stop_token_ids, vocab_size)
         for sequence in self.bad_word_ids:
+            if not sequence:
+                raise InvalidRequest("bad_word_ids has an empty sequence", param="bad_word_ids")
             _ids_in_vocabulary("bad_words", sequence, vocab_size)
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:

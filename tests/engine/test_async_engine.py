@@ -8,11 +8,15 @@ import os
 import signal
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 
 from tests.toy import VOCAB_SIZE, toy_llama
 from tokenspeed import LLM, AsyncEngine, EngineConfig, SamplingParams
+from tokenspeed.engine.async_engine import EngineFailed
 from tokenspeed.engine.link import ProcessLink
+from tokenspeed.engine.messages import Submit
 from tokenspeed.errors import (
     CheckpointError,
     ConfigError,
@@ -63,12 +67,106 @@ def test_a_request_that_cannot_be_served_is_refused_before_it_is_admitted(folder
                 ([1], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}), "logit_bias"),
                 ([1], SamplingParams(min_tokens=2, allowed_token_ids=(2,)), "min_tokens"),
                 ([1], SamplingParams(max_tokens=2, min_tokens=3), "min_tokens"),
+                ([1], SamplingParams(stop="###"), "stop"),  # type: ignore[arg-type]
+                ([1], SamplingParams(top_k=1.5), "top_k"),  # type: ignore[arg-type]
+                ([1], SamplingParams(top_k=10**30), "top_k"),
+                ([1], SamplingParams(ignore_eos=1), "ignore_eos"),  # type: ignore[arg-type]
+                ([1], SamplingParams(bad_word_ids=((),)), "bad_word_ids"),
+                ([1], SamplingParams(repetition_penalty=1e-300), "repetition_penalty"),
+                ([True, 1], SHORT, "prompt"),
+                (["a", 5], SHORT, "prompt"),
             ]:
                 with pytest.raises(InvalidRequest) as refused:
-                    await engine.submit(prompt, params)
+                    await engine.submit(prompt, params)  # type: ignore[arg-type]
                 assert refused.value.param == field
+            for wrong in ({"priority": 2**31}, {"cache_salt": "\ud800"}):
+                with pytest.raises(InvalidRequest) as refused:
+                    await engine.submit([1], SHORT, **wrong)  # type: ignore[arg-type]
+                assert refused.value.param == next(iter(wrong))
             await at_rest(engine)
             assert engine.stats().num_steps == 0
+
+    asyncio.run(run())
+
+
+def test_what_slips_past_the_front_end_is_refused_at_the_engines_own_door(folder: Path) -> None:
+    def submit(id: int, prompt: list[int], params: bytes, **more: int) -> Submit:
+        raw = np.array(prompt, dtype="<i4").tobytes()
+        return Submit(id=id, prompt=raw, params=msgspec.Raw(params), seed=1, **more)
+
+    async def run() -> None:
+        link = ProcessLink(log_level="error")
+        engine = AsyncEngine(config(folder), link=link)
+        await engine.start()
+        good = msgspec.msgpack.encode(SHORT)
+        for number, bad in enumerate(
+            [
+                submit(1002, [1], msgspec.msgpack.encode({"top_k": 1.5})),
+                submit(1003, [1], msgspec.msgpack.encode({"temperature": -1.0})),
+                submit(1004, [VOCAB_SIZE], good),
+                submit(1005, [-1], good),
+                submit(1006, [], good),
+                submit(1007, [1], good, priority=2**40),
+            ]
+        ):
+            link.send(bad)
+            assert [output async for output in engine.generate([5, 6], SHORT)], number
+        await engine.generate([1], SHORT, priority=-(2**31)).__anext__()
+        await at_rest(engine)
+        await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_sampled_as_no_text(tmp_path: Path) -> None:
+    toy_llama(tmp_path, vocab_size=VOCAB_SIZE + 88)
+
+    async def run() -> None:
+        async with AsyncEngine(config(tmp_path), in_process=True) as engine:
+            pushed = SamplingParams(temperature=0.0, max_tokens=4, logit_bias={VOCAB_SIZE + 38: 100.0}, logprobs=2)
+            outputs = [output async for output in engine.generate([1, 2], pushed)]
+            assert [token for output in outputs for token in output.token_ids] == [VOCAB_SIZE + 38] * 4
+            assert "".join(output.text for output in outputs) == ""
+
+    asyncio.run(run())
+
+
+def test_text_whose_ids_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    toy_llama(tmp_path, vocab_size=260)
+
+    async def run() -> None:
+        async with AsyncEngine(config(tmp_path), in_process=True) as engine:
+            with pytest.raises(InvalidRequest, match="the model has ids 0 to 259"):
+                await engine.submit("def return import tokenizer", SHORT)
+            assert [output async for output in engine.generate([3], SHORT)]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("in_process", "seconds"), [(True, 0.0), (False, 0.0), (False, 0.05), (False, 0.3)])
+def test_a_stop_while_starting_ends_both(folder: Path, in_process: bool, seconds: float) -> None:
+    async def run() -> None:
+        engine = AsyncEngine(config(folder), in_process=in_process)
+        starting = asyncio.create_task(engine.start())
+        await asyncio.sleep(seconds)
+        await engine.stop(grace=0.0)
+        with pytest.raises(EngineFailed):
+            await asyncio.wait_for(starting, 20)
+        assert engine.health().state == "dead"
+
+    asyncio.run(run())
+
+
+def test_an_abort_before_admission_ends_the_stream(folder: Path) -> None:
+    async def run() -> None:
+        async with AsyncEngine(config(folder), in_process=False) as engine:
+            pending = asyncio.create_task(engine.submit([1], LONG, request_id="early"))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert await engine.abort("early") is True
+            stream = await pending
+            assert [output.finish_reason async for output in stream] == ["abort"]
+            await at_rest(engine)
 
     asyncio.run(run())
 
@@ -108,14 +206,19 @@ def test_leaving_early_cancelling_and_aborting_free_everything(folder: Path) -> 
 
 def test_a_full_queue_refuses_all_choices_of_a_request_or_none(folder: Path) -> None:
     async def run() -> None:
-        small = config(folder, max_num_seqs=1, max_queued_requests=2)
+        small = config(folder, max_num_seqs=1, max_queued_requests=4)
         async with AsyncEngine(small, in_process=True) as engine:
             first = await engine.submit([1], LONG)
             await anext(first)
+            second = await engine.submit([2], SamplingParams(max_tokens=5, n=3))
             with pytest.raises(QueueFull) as refused:
-                await engine.submit([2], SamplingParams(max_tokens=5, n=4))
+                await engine.submit([3], SamplingParams(max_tokens=5, n=2))
             assert refused.value.retry_after is not None and refused.value.retry_after >= 1
+            with pytest.raises(InvalidRequest) as never:
+                await engine.submit([3], SamplingParams(max_tokens=5, n=5))
+            assert never.value.param == "n"
             await first.abort()
+            await second.abort()
             await at_rest(engine)
             assert [output.token_ids async for output in engine.generate([3], SHORT)]
 

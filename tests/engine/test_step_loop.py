@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -93,6 +94,7 @@ class Bench:
             self.core,
             self.device,
             overlap=overlap,
+            vocab_size=1000,
             eos_token_ids=(EOS,),
             publish=self.published.extend,
             debug=True,
@@ -100,7 +102,7 @@ class Bench:
 
     def submit(self, request_id: int, length: int = 20, max_tokens: int = 10) -> Refusal | None:
         prompt = (np.arange(length, dtype=np.int32) + 10).tobytes()
-        params = SamplingParams(max_tokens=max_tokens)
+        params = msgspec.Raw(msgspec.msgpack.encode(SamplingParams(max_tokens=max_tokens)))
         return self.loop.submit(Submit(id=request_id, prompt=prompt, params=params, seed=1))
 
     async def drained(self) -> None:

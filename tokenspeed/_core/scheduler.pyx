@@ -110,7 +110,7 @@ cdef class Scheduler:
         request.stop_ids = span(stop_view)
         cdef bytes salt_bytes = salt
         request.salt = as_bytes(salt_bytes, len(salt_bytes))
-        request.priority = whole(priority, "priority", -MAX_INT32)
+        request.priority = whole(priority, "priority", -MAX_INT32 - 1)
         request.reuse_prefix = reuse_prefix
         cdef CRefusal refusal
         self.enter()

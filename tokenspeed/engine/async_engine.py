@@ -13,11 +13,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Literal, Self
 
+import msgspec
 import numpy as np
 
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import Source, resolve
 from tokenspeed.config import EngineConfig
+from tokenspeed.engine.daemon import in_daemon_thread
 from tokenspeed.engine.intake import EngineFacts, Intake, Prompt
 from tokenspeed.engine.link import EngineLink, InProcessLink, ProcessLink
 from tokenspeed.engine.messages import (
@@ -38,6 +40,7 @@ from tokenspeed.engine.messages import (
 from tokenspeed.engine.stream import Choice, Stream, new_choice
 from tokenspeed.errors import (
     ConfigError,
+    InternalError,
     InvalidRequest,
     QueueFull,
     RequestError,
@@ -121,10 +124,12 @@ class AsyncEngine:
         """
         self._ready = asyncio.get_running_loop().create_future()
         try:
-            source = await asyncio.to_thread(resolve, self.config.model, self.config.load_format)
+            source = await in_daemon_thread(lambda: resolve(self.config.model, self.config.load_format))
             await self._link.start(self.config, self._receive)
-            text, model = await asyncio.to_thread(_load_front, source, self.config)
+            text, model = await in_daemon_thread(lambda: _load_front(source, self.config))
             ready = await self._ready
+            if self._state != "loading":
+                raise EngineFailed(self._error or "the engine was stopped while it was loading")
         except BaseException as error:
             self._fail(str(error))
             await self._link.stop()
@@ -140,9 +145,8 @@ class AsyncEngine:
             block_size=ready.block_size,
             summary=ready.summary,
         )
-        self._intake = Intake(text.tokenizer, self._facts)
-        if self._state == "loading":
-            self._state = "ready"
+        self._intake = Intake(text.tokenizer, self._facts, max_choices=self.config.max_queued_requests)
+        self._state = "ready"
 
     async def stop(self, grace: float = 30.0) -> None:
         """Refuse new requests, let admitted ones end within `grace` seconds, abort the rest, end the engine."""
@@ -204,10 +208,13 @@ class AsyncEngine:
         `request_id` is a label for the caller: it need not be unique. Prefix-cache hits are shared only
         between equal `cache_salt`s. Lower `priority` goes first.
         """
+        if not -(2**31) <= priority < 2**31:
+            raise InvalidRequest(f"priority must fit a signed 32-bit integer, got {priority}", param="priority")
+        salt = _utf8(cache_salt)
         ids, params = await self._serving().take(prompt, params)
         self._serving()
         seed = params.seed if params.seed is not None else self._draw_seed()
-        eos = frozenset(self.facts.eos_token_ids)
+        eos = frozenset() if params.ignore_eos else frozenset(self.facts.eos_token_ids)
         stream = Stream(
             request_id or f"req-{uuid.uuid4().hex}",
             ids,
@@ -216,14 +223,16 @@ class AsyncEngine:
             finish_choice=lambda id, tokens: self._link.send(FinishAt(id, tokens)),
             on_end=self._ended,
         )
-        admitted = self._register(stream)
         raw = np.asarray(ids, dtype="<i4").tobytes()
-        salt = cache_salt.encode()
-        for choice in stream.choices:
-            # The choices of a seeded request differ, and each is reproducible by itself.
-            seeded = (seed + choice.index) % 2**63
-            self._link.send(Submit(id=choice.id, prompt=raw, params=params, seed=seeded, salt=salt, priority=priority))
+        encoded = msgspec.Raw(msgspec.msgpack.encode(params))
+        admitted = self._register(stream)
         try:
+            for choice in stream.choices:
+                # The choices of a seeded request differ, and each is reproducible by itself.
+                own = (seed + choice.index) % 2**63
+                self._link.send(
+                    Submit(id=choice.id, prompt=raw, params=encoded, seed=own, salt=salt, priority=priority)
+                )
             for outcome in await asyncio.gather(*admitted, return_exceptions=True):
                 if isinstance(outcome, BaseException):
                     raise outcome
@@ -299,7 +308,7 @@ class AsyncEngine:
             self._choices.pop(choice.id, None)
             pending = self._admissions.pop(choice.id, None)
             if pending is not None and not pending.done():
-                pending.cancel()
+                pending.set_result(None)  # whoever submits it finds the stream ended
         labelled = self._labels.get(stream.request_id)
         if labelled is not None:
             labelled.discard(stream)
@@ -326,7 +335,8 @@ class AsyncEngine:
                     self._progress(stage, done, total)
             case Ready():
                 assert self._ready is not None
-                self._ready.set_result(message)
+                if not self._ready.done():
+                    self._ready.set_result(message)
             case Failed(error, config):
                 assert self._ready is not None
                 if not self._ready.done():
@@ -336,8 +346,15 @@ class AsyncEngine:
     def _deliver(self, gained: list[ChoiceTokens]) -> None:
         for item in gained:
             entry = self._choices.get(item.id)
-            if entry is not None:
-                entry[0].feed(entry[1], item)
+            if entry is None:
+                continue
+            stream, choice = entry
+            try:
+                stream.feed(choice, item)
+            except Exception:
+                # What goes wrong in one request's text ends that request, never its neighbours.
+                log.exception("request %s is ended", stream.request_id)
+                stream.fail(InternalError("the server could not turn this request's tokens into text"))
 
     def _fail(self, error: str) -> None:
         """From now on dead: nobody is left waiting."""
@@ -349,7 +366,9 @@ class AsyncEngine:
                 future.set_exception(failure)
         for stream in {entry[0] for entry in self._choices.values()}:
             stream.fail(failure)
-        if self._ready is not None and self._ready.done():
+        if self._ready is not None:
+            if not self._ready.done():
+                self._ready.set_exception(EngineFailed(error))
             # Marks a failure that nobody awaits any more as seen.
             self._ready.cancelled() or self._ready.exception()
 
@@ -359,11 +378,20 @@ def _load_front(source: Source, config: EngineConfig) -> tuple[TextSide, ModelCo
     return text, read_model_config(source)
 
 
+def _utf8(salt: str) -> bytes:
+    try:
+        return salt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("cache_salt is no valid Unicode", param="cache_salt") from error
+
+
 def _refusal(message: Refused) -> RequestError:
     match message.reason:
         case "QUEUE_FULL":
             return QueueFull("too many requests are waiting; try again later", retry_after=message.retry_after)
         case "TOO_LONG_FOR_CACHE":
             return InvalidRequest("the prompt does not fit the server's KV cache", param="prompt")
+        case "INVALID":
+            return InvalidRequest(f"the engine refused the request: {message.detail}")
         case reason:
             return InvalidRequest(f"the engine refused the request: {reason.lower()}", param="prompt")

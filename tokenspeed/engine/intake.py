@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex, cast
 
 import msgspec
 
@@ -33,12 +35,20 @@ class EngineFacts:
     summary: str
 
 
+def _token_id(item: object) -> int:
+    """An integer of any kind, numpy's for example, but no boolean."""
+    if isinstance(item, SupportsIndex) and not isinstance(item, bool):
+        return operator.index(item)
+    raise InvalidRequest(f"a prompt is a text, token ids or spans; it holds a {type(item).__name__}", param="prompt")
+
+
 class Intake:
     """Turns what a caller asked into token ids and complete parameters, or raises `InvalidRequest`."""
 
-    def __init__(self, tokenizer: Tokenizer, facts: EngineFacts) -> None:
+    def __init__(self, tokenizer: Tokenizer, facts: EngineFacts, *, max_choices: int) -> None:
         self._tokenizer = tokenizer
         self._facts = facts
+        self._max_choices = max_choices
 
     async def take(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
         """The prompt's ids and the parameters with `max_tokens` and `bad_word_ids` filled in."""
@@ -46,6 +56,14 @@ class Intake:
         field = "messages" if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Span) else "prompt"
         if not ids:
             raise InvalidRequest("the prompt is empty", param=field)
+        last = self._facts.vocab_size - 1
+        if min(ids) < 0 or max(ids) > last:
+            wrong = next(token_id for token_id in ids if not 0 <= token_id <= last)
+            raise InvalidRequest(f"{field} has token id {wrong}; the model has ids 0 to {last}", param=field)
+        if params.n > self._max_choices:
+            raise InvalidRequest(
+                f"n is {params.n}, but this server queues at most {self._max_choices} requests", param="n"
+            )
         if params.bad_words and not params.bad_word_ids:
             sequences = tuple(ids for word in params.bad_words for ids in self._spellings(word))
             params = msgspec.structs.replace(params, bad_word_ids=sequences)
@@ -69,9 +87,10 @@ class Intake:
         """Before `min_tokens` the ids that end a request are masked, which may leave no allowed token."""
         if params.min_tokens and params.allowed_token_ids is not None:
             ending = {*params.stop_token_ids, *(() if params.ignore_eos else self._facts.eos_token_ids)}
-            if ending.issuperset(params.allowed_token_ids):
+            banned = {sequence[0] for sequence in params.bad_word_ids if len(sequence) == 1}
+            if (ending | banned).issuperset(params.allowed_token_ids):
                 raise InvalidRequest(
-                    "min_tokens bans every allowed token: all of them end the request", param="min_tokens"
+                    "min_tokens leaves no allowed token: each ends the request or is a bad word", param="min_tokens"
                 )
 
     async def _encode(self, prompt: Prompt) -> list[int]:
@@ -79,17 +98,15 @@ class Intake:
             if len(prompt) >= LARGE_TEXT:
                 return await asyncio.to_thread(self._encode_text, prompt)
             return self._encode_text(prompt)
-        spans = [item for item in prompt if isinstance(item, Span)]
-        if spans:
+        kinds = set(map(type, prompt))
+        if kinds == {int}:
+            return list(cast(Sequence[int], prompt))
+        if kinds == {Span}:
+            spans = list(cast(Sequence[Span], prompt))
             if sum(len(span.text) for span in spans) >= LARGE_TEXT:
                 return await asyncio.to_thread(self._tokenizer.encode_spans, spans)
             return self._tokenizer.encode_spans(spans)
-        last = self._facts.vocab_size - 1
-        ids = [item for item in prompt if isinstance(item, int)]
-        if ids and (min(ids) < 0 or max(ids) > last):
-            wrong = next(token_id for token_id in ids if not 0 <= token_id <= last)
-            raise InvalidRequest(f"prompt has token id {wrong}; the vocabulary has ids 0 to {last}", param="prompt")
-        return ids
+        return [_token_id(item) for item in prompt]
 
     def _encode_text(self, prompt: str) -> list[int]:
         return self._tokenizer.encode(prompt, add_special_tokens=True, parse_special=False)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
+import socket
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.messages import Failed, FromEngine, Ready, Shutdown, Start, ToEngine
@@ -33,11 +31,15 @@ class EngineLink(Protocol):
         """Never blocks; what is sent to an engine that is over is dropped."""
 
     async def stop(self) -> None:
-        """End the engine and wait for it."""
+        """End the engine and wait for it. Idempotent; an engine stopped before it was started never starts."""
 
 
 class ProcessLink:
-    """The engine as a child process. A `Failed` is made up when the child dies without a word."""
+    """The engine as a child process. A `Failed` is made up when the child dies without a word.
+
+    The two share an unnamed pair of sockets, so no other process can reach either end, and nothing is left
+    behind however they end.
+    """
 
     def __init__(self, *, log_level: str = "info", log_format: str = "text") -> None:
         self._log = (log_level, log_format)
@@ -48,35 +50,25 @@ class ProcessLink:
         self._ready = False
 
     async def start(self, config: EngineConfig, receive: Receive) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="tokenspeed-"))  # mode 0700
-        connected: asyncio.Future[Channel[FromEngine]] = asyncio.get_running_loop().create_future()
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if connected.done():
-                writer.close()
-            else:
-                connected.set_result(Channel(reader, writer, FromEngine))
-
-        path = str(folder / "engine.sock")
-        try:
-            server = await asyncio.start_unix_server(accept, path)
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tokenspeed.engine.process", path, *self._log,
-                stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-            exited = asyncio.create_task(self._process.wait())
-            first: set[asyncio.Future[Any]] = {connected, exited}
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            server.close()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        if not connected.done():
-            receive(Failed(f"the engine process ended at once with status {exited.result()}", config=False))
+        if self._stopping:
+            receive(Failed("the engine was stopped before it started", config=False))
             return
-        exited.cancel()
-        self._channel = connected.result()
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "tokenspeed.engine.process", str(theirs.fileno()), *self._log,
+                    stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True,
+                )  # fmt: skip
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+        except BaseException:
+            ours.close()  # a child that was started reads the end of the stream and ends
+            raise
+        self._channel = Channel(reader, writer, FromEngine)
         self._channel.send(Start(config))
         self._reader = asyncio.create_task(self._read(self._channel, receive))
+        if self._stopping:
+            self._process.kill()
 
     async def _read(self, channel: Channel[FromEngine], receive: Receive) -> None:
         failed = False
@@ -86,9 +78,14 @@ class ProcessLink:
                 failed = failed or isinstance(message, Failed)
                 self._ready = self._ready or isinstance(message, Ready)
                 receive(message)
-        except (EOFError, ValueError) as error:
-            if not failed and not self._stopping:
-                receive(Failed(f"the engine process is gone ({error}; {await self._status()})", config=False))
+        except EOFError:
+            if not failed:
+                receive(Failed(f"the engine process is gone ({await self._status()})", config=False))
+        except Exception as error:
+            # Whatever it was, nobody listens to the engine any more: every stream must hear of it.
+            log.exception("reading from the engine failed")
+            if not failed:
+                receive(Failed(f"reading from the engine failed: {type(error).__name__}", config=False))
 
     async def _status(self) -> str:
         assert self._process is not None
@@ -131,14 +128,16 @@ class InProcessLink:
     """The engine on the caller's event loop: tests, notebooks, debuggers. Imports torch into this process."""
 
     def __init__(self) -> None:
-        self._service: object = None
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     async def start(self, config: EngineConfig, receive: Receive) -> None:
         from tokenspeed.engine.service import EngineService  # noqa: PLC0415
 
+        if self._stopping:
+            receive(Failed("the engine was stopped before it started", config=False))
+            return
         service = EngineService(config, receive)
-        self._service = service
         self._send = service.handle
         self._close = service.close
         self._task = asyncio.create_task(service.start())
@@ -146,11 +145,11 @@ class InProcessLink:
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def send(self, message: ToEngine) -> None:
-        self._send(message)
+        if self._task is not None:
+            self._send(message)
 
     async def stop(self) -> None:
+        self._stopping = True
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
             await self._close()
-
-

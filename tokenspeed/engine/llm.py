@@ -30,10 +30,12 @@ class LLM:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tokenspeed-llm", daemon=True)
         self._thread.start()
+        starting = asyncio.run_coroutine_threadsafe(self._engine.start(), self._loop)
         try:
-            asyncio.run_coroutine_threadsafe(self._engine.start(), self._loop).result()
+            starting.result()
         except BaseException:
-            self._end_loop()
+            starting.cancel()
+            self.close()
             raise
 
     def generate(
@@ -91,12 +93,14 @@ def merge(whole: RequestOutput | None, delta: RequestOutput) -> RequestOutput:
     """The output that says everything `whole` and the next `delta` of the same choice say."""
     if whole is None:
         return delta
+    token_ids, logprobs, prompt_logprobs = whole.token_ids, whole.logprobs, whole.prompt_logprobs
+    token_ids.extend(delta.token_ids)
+    if logprobs is not None:
+        logprobs.extend(delta.logprobs or ())
     delta.text = whole.text + delta.text
-    delta.token_ids = whole.token_ids + delta.token_ids
-    if whole.logprobs is not None:
-        delta.logprobs = whole.logprobs + (delta.logprobs or [])
+    delta.token_ids, delta.logprobs = token_ids, logprobs
     if delta.prompt_logprobs is None:
-        delta.prompt_logprobs = whole.prompt_logprobs
+        delta.prompt_logprobs = prompt_logprobs
     return delta
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from tokenspeed.config import EngineConfig
-from tokenspeed.request import SamplingParams, TokenLogprob
+from tokenspeed.request import TokenLogprob
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,11 +43,14 @@ class Start(msgspec.Struct, tag="start", frozen=True):
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
-    """One choice of one request. `prompt` is little-endian int32; `seed` is already resolved."""
+    """One choice of one request. `prompt` is little-endian int32; `seed` is already resolved.
+
+    `params` are `SamplingParams` still encoded: they are decoded where a bad one can be refused.
+    """
 
     id: int
     prompt: bytes
-    params: SamplingParams
+    params: msgspec.Raw
     seed: int
     salt: bytes = b""
     priority: int = 0
@@ -101,10 +104,14 @@ class Accepted(msgspec.Struct, tag="accepted", frozen=True):
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True, kw_only=True):
-    """The choice was not queued. `reason` is the name of a `Refusal`; `retry_after` in whole seconds."""
+    """The choice was not queued. `reason` is the name of a `Refusal`, or INVALID with a `detail`.
+
+    `retry_after` is in whole seconds.
+    """
 
     id: int
     reason: str
+    detail: str = ""
     retry_after: int = 1
 
 

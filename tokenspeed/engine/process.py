@@ -1,15 +1,16 @@
-"""The engine process: `python -m tokenspeed.engine.process SOCKET`, started by the front end.
+"""The engine process: `python -m tokenspeed.engine.process FD LEVEL FORMAT`, started by the front end.
 
-It connects to the front end's private socket, receives `Start`, and serves until `Shutdown`, until the
-front end is gone, or until something breaks. Exit status: 0, 2 for a configuration that cannot work,
-1 for anything else.
+FD is its end of the socket pair. It receives `Start`, and serves until `Shutdown`, until the front end is
+gone, or until something breaks. Exit status: 0, 2 for a configuration that cannot work, 1 for anything else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 
@@ -23,15 +24,15 @@ from tokenspeed.logs import configure_logging
 log = logging.getLogger(__name__)
 
 
-async def serve(path: str) -> int:
-    """Serve one engine over the socket at `path`; the return value is the exit status."""
-    reader, writer = await asyncio.open_unix_connection(path)
+async def serve(descriptor: int) -> int:
+    """Serve one engine over the socket of that descriptor; the return value is the exit status."""
+    reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=descriptor))
     channel: Channel[ToEngine] = Channel(reader, writer, ToEngine)
     first = await channel.receive()
     if not isinstance(first, Start):
         raise ValueError(f"expected Start, got {type(first).__name__}")
 
-    # Imported late, so that the socket is connected within milliseconds and torch loads after it.
+    # Late: without a front end, torch need not be loaded at all.
     from tokenspeed.engine.service import EngineService  # noqa: PLC0415
 
     def emit(message: FromEngine) -> None:
@@ -40,18 +41,23 @@ async def serve(path: str) -> int:
     service = EngineService(first.config, emit)
     inputs = asyncio.create_task(_inputs(channel, service.handle))
     try:
+        starting = asyncio.create_task(service.start())
+        await asyncio.wait({starting, inputs}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            # Nobody waits for this engine any more, nothing is admitted, and the loading thread cannot be stopped.
+            os._exit(0)
         try:
-            await service.start()
+            await starting
         except ConfigError:
             return 2
         except Exception:
             return 1  # logged and told by the service
-        served = asyncio.create_task(service.wait())
-        done, _ = await asyncio.wait({served, inputs}, return_when=asyncio.FIRST_COMPLETED)
+        serving = asyncio.create_task(service.wait())
+        done, _ = await asyncio.wait({serving, inputs}, return_when=asyncio.FIRST_COMPLETED)
         if inputs in done:
             inputs.result()
         # The service has logged what broke and told the front end.
-        return 1 if served.done() and served.exception() is not None else 0
+        return 1 if serving.done() and serving.exception() is not None else 0
     finally:
         inputs.cancel()
         await service.close()
@@ -73,7 +79,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     level, style = sys.argv[2], sys.argv[3]
     configure_logging(level, style, role="engine")
-    sys.exit(uvloop.run(serve(sys.argv[1])))
+    sys.exit(uvloop.run(serve(int(sys.argv[1]))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import os
 import secrets
 from collections.abc import Callable
 
-from tokenspeed._core.scheduler import Scheduler
+import msgspec
+
+from tokenspeed._core import Misuse, Scheduler
 from tokenspeed.batch import BatchLimits
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.messages import (
@@ -33,7 +35,7 @@ from tokenspeed.engine.messages import (
     Tokens,
 )
 from tokenspeed.engine.step_loop import StepLoop
-from tokenspeed.errors import ConfigError
+from tokenspeed.errors import ConfigError, InvalidRequest
 from tokenspeed.executor.interface import Executor
 from tokenspeed.executor.load import LoadedExecutor, load_executor
 
@@ -41,6 +43,17 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.25
 TIMING_LINE_SECONDS = 10.0
+
+
+def _submitted(loop: StepLoop, message: Submit) -> Accepted | Refused:
+    """The answer to one submission. No request, however malformed, goes further than this."""
+    try:
+        refusal = loop.submit(message)
+    except (msgspec.MsgspecError, InvalidRequest, Misuse) as error:
+        return Refused(id=message.id, reason="INVALID", detail=str(error))
+    if refusal is None:
+        return Accepted(message.id)
+    return Refused(id=message.id, reason=refusal.name, retry_after=loop.retry_after())
 
 
 class EngineService:
@@ -55,7 +68,8 @@ class EngineService:
         self._emit = emit
         self._loop: StepLoop | None = None
         self._executor: Executor | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._serving: asyncio.Task[None] | None = None
+        self._helpers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Load, then serve in background tasks. Emits `Ready`, or `Failed` and raises what went wrong."""
@@ -67,6 +81,8 @@ class EngineService:
         beat = asyncio.create_task(self._beat())
         try:
             loaded = await asyncio.to_thread(load_executor, self._config, progress)
+            self._executor = loaded.executor
+            self._loop = self._build(loaded)
         except ConfigError as error:
             beat.cancel()
             self._emit(Failed(str(error), config=True))
@@ -77,13 +93,11 @@ class EngineService:
             log.exception("loading failed")
             self._emit(Failed(f"{type(error).__name__}: {error}", config=False))
             raise
-        self._executor = loaded.executor
-        self._loop = self._build(loaded)
         # What was loaded lives until the end: keep the collector from walking it during steps.
         gc.collect()
         gc.freeze()
-        serving = asyncio.create_task(self._serve(self._loop))
-        self._tasks = [beat, serving, asyncio.create_task(self._report(self._loop))]
+        self._serving = asyncio.create_task(self._serve(self._loop))
+        self._helpers = [beat, asyncio.create_task(self._report(self._loop))]
         self._emit(
             Ready(
                 max_model_len=loaded.max_model_len,
@@ -107,6 +121,7 @@ class EngineService:
             core,
             loaded.executor,
             overlap=self._config.overlap,
+            vocab_size=loaded.vocab_size,
             eos_token_ids=loaded.eos_token_ids,
             publish=self._publish,
             debug=os.environ.get("TOKENSPEED_DEBUG") == "1",
@@ -119,15 +134,15 @@ class EngineService:
             return
         match message:
             case Submit():
-                refusal = loop.submit(message)
-                if refusal is None:
-                    self._emit(Accepted(message.id))
-                else:
-                    self._emit(Refused(id=message.id, reason=refusal.name, retry_after=loop.retry_after()))
+                self._emit(_submitted(loop, message))
             case Abort(request_id):
                 loop.abort(request_id)
             case FinishAt(request_id, num_tokens):
-                loop.finish(request_id, num_tokens)
+                try:
+                    loop.finish(request_id, num_tokens)
+                except Misuse as error:
+                    log.error("a request is aborted because its end makes no sense: %s", error)
+                    loop.abort(request_id)
             case Shutdown():
                 loop.stop()
             case Start():
@@ -135,16 +150,17 @@ class EngineService:
 
     async def wait(self) -> None:
         """Until the step loop ends: by `Shutdown`, or by raising what broke it."""
-        await self._tasks[1]
+        assert self._serving is not None
+        await self._serving
 
     async def close(self) -> None:
         """Stop the loop after its steps in flight and release the executor's thread and memory."""
         if self._loop is not None:
             self._loop.stop()
-        for task in self._tasks:
-            if task is not self._tasks[1]:
-                task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for task in self._helpers:
+            task.cancel()
+        tasks = self._helpers if self._serving is None else [*self._helpers, self._serving]
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._executor is not None:
             self._executor.close()
 
@@ -158,6 +174,7 @@ class EngineService:
         except Exception as error:
             # Not a rescue: every stream is told, then the engine ends with this very exception.
             log.exception("the step loop failed; the engine ends")
+            log.error("state of the control plane: %s", loop.dump())
             self._emit(Failed(f"{type(error).__name__}: {error}", config=False))
             raise
 

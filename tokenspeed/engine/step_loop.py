@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from tokenspeed._core import Refusal
@@ -20,7 +21,7 @@ from tokenspeed._core.scheduler import Scheduler
 from tokenspeed.batch import Finish, Int32Array, Logprobs, Outputs, Plan, StepResult
 from tokenspeed.engine.messages import ChoiceTokens, EngineStats, Submit
 from tokenspeed.engine.step_timer import StepTimer
-from tokenspeed.errors import InvariantBroken
+from tokenspeed.errors import InvalidRequest, InvariantBroken
 from tokenspeed.executor.interface import Binding, Executor, Flight
 from tokenspeed.request import SamplingParams, TokenLogprob
 
@@ -29,7 +30,13 @@ log = logging.getLogger(__name__)
 LEAST_LOGPROB = -9999.0
 """Stands for the logarithm of 0, which JSON cannot say; the value that other engines use."""
 
+RATE_SECONDS = 30.0
+"""How far back finished requests say how fast the queue moves."""
+
 Publish = Callable[[list[ChoiceTokens]], None]
+
+
+_PARAMS = msgspec.msgpack.Decoder(SamplingParams)
 
 
 @dataclass(slots=True)
@@ -71,6 +78,7 @@ class StepLoop:
         executor: Executor,
         *,
         overlap: int,
+        vocab_size: int,
         eos_token_ids: tuple[int, ...],
         publish: Publish,
         debug: bool = False,
@@ -78,6 +86,7 @@ class StepLoop:
         self._core = core
         self._executor = executor
         self._overlap = overlap
+        self._vocab_size = vocab_size
         self._eos = eos_token_ids
         self._publish_to = publish
         self._debug = debug
@@ -95,9 +104,16 @@ class StepLoop:
     # Inputs ------------------------------------------------------------------------------------
 
     def submit(self, request: Submit) -> Refusal | None:
-        """Queue one choice, or say why not. Takes effect at the next plan."""
-        params = request.params
+        """Queue one choice, or say why not. Takes effect at the next plan.
+
+        Everything is checked again here, whoever sent it. Raises `msgspec.MsgspecError`, `InvalidRequest` or
+        `Misuse` for what a front end should have refused; nothing has changed then.
+        """
+        params = _PARAMS.decode(request.params)
+        params.check(self._vocab_size)
         prompt = np.frombuffer(request.prompt, dtype=np.int32)
+        if prompt.size and int(prompt.max()) >= self._vocab_size:
+            raise InvalidRequest(f"the prompt has a token id of {int(prompt.max())}", param="prompt")
         eos = () if params.ignore_eos else self._eos
         stop_ids = np.array(sorted({*eos, *params.stop_token_ids}), dtype=np.int32)
         refusal = self._core.submit(
@@ -128,7 +144,8 @@ class StepLoop:
     def finish(self, request_id: int, num_tokens: int) -> None:
         """End a choice at a stop string after `num_tokens` generated tokens."""
         self._core.finish(request_id, num_tokens)
-        self._known.pop(request_id, None)
+        if self._known.pop(request_id, None) is not None:
+            self._finished.append(time.monotonic())
         self._wake.set()
 
     def stop(self) -> None:
@@ -275,11 +292,18 @@ class StepLoop:
             slowest_abort_steps=self._aborts.slowest_steps,
         )
 
+    def dump(self) -> dict[str, object]:
+        """The control plane's whole state, for the log of an engine that ends."""
+        return self._core.dump()
+
     def retry_after(self) -> int:
         """Whole seconds until the queue has probably moved: waiting requests over the recent rate of finishes."""
+        now = time.monotonic()
+        while self._finished and now - self._finished[0] > RATE_SECONDS:
+            self._finished.popleft()
         if len(self._finished) < 2:
             return 1
-        rate = (len(self._finished) - 1) / max(time.monotonic() - self._finished[0], 1e-3)
+        rate = (len(self._finished) - 1) / max(now - self._finished[0], 1e-3)
         return max(1, min(60, round(self._core.stats().waiting / rate)))
 
 

@@ -31,6 +31,7 @@ class Choice:
         self.text = text
         self.eos = eos
         self.num_tokens = 0
+        self.num_cached = 0
         self.done = False
 
 
@@ -59,7 +60,6 @@ class Stream(AsyncIterator[RequestOutput]):
         self._finish_choice = finish_choice
         self._on_end = on_end
         self._open = len(choices)
-        self._cached = 0
         self._pending: deque[RequestOutput] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._error: RequestError | None = None
@@ -72,7 +72,7 @@ class Stream(AsyncIterator[RequestOutput]):
             return
         if self.queue_seconds is None:
             self.queue_seconds = gained.queue_seconds
-        self._cached = max(self._cached, gained.cached)
+        choice.num_cached = max(choice.num_cached, gained.cached)
         reason = _REASONS.get(gained.finish)
         delta = choice.text.feed(gained.token_ids, reason is not None)
         kept = len(gained.token_ids)
@@ -98,7 +98,7 @@ class Stream(AsyncIterator[RequestOutput]):
                 stop_reason=stop_reason,
                 error=NOT_FINITE_ERROR if reason == "error" else None,
                 num_prompt_tokens=len(self.prompt_token_ids),
-                num_cached_tokens=self._cached,
+                num_cached_tokens=choice.num_cached,
                 num_output_tokens=choice.num_tokens,
             )
         )
@@ -106,10 +106,11 @@ class Stream(AsyncIterator[RequestOutput]):
             self._end_choice(choice)
 
     def fail(self, error: RequestError) -> None:
-        """The engine is over: deltas already here are still delivered, then the iterator raises."""
+        """Nothing more can come: deltas already here are still delivered, then the iterator raises `error`."""
         self._error = error
         for choice in self.choices:
             if not choice.done:
+                self._abort_choice(choice.id)
                 self._end_choice(choice)
         self._notify()
 
@@ -157,7 +158,7 @@ class Stream(AsyncIterator[RequestOutput]):
                         index=choice.index,
                         finish_reason="abort",
                         num_prompt_tokens=len(self.prompt_token_ids),
-                        num_cached_tokens=self._cached,
+                        num_cached_tokens=choice.num_cached,
                         num_output_tokens=choice.num_tokens,
                     )
                 )

@@ -95,7 +95,6 @@ class _Run:
         self._metrics = door.metrics
         self._times = RequestTimes(door.metrics, arrived)
         self._clock = asyncio.get_running_loop().time
-        self._cached = [0] * len(streams)
 
     def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(choice number, delta) until every choice ended. Raises when a choice ended with an error."""
@@ -128,13 +127,12 @@ class _Run:
             raise GenerationFailed(output.error or "the engine ended this request with an error")
         if self._shows_completion:
             self.usage.completion_tokens += output.num_output_tokens
-        cached = self._cached[prompt]
-        if output.num_cached_tokens > cached:
-            self.usage.cached_tokens += output.num_cached_tokens - cached
-            self._cached[prompt] = output.num_cached_tokens
-        queued = self._streams[prompt].queue_seconds
-        if queued is not None and output.index == 0:
-            self._metrics.queue.observe(queued)
+        if output.index == 0:
+            # The first choice is admitted first: what the others find in the cache may be its own work.
+            self.usage.cached_tokens += output.num_cached_tokens
+            queued = self._streams[prompt].queue_seconds
+            if queued is not None:
+                self._metrics.queue.observe(queued)
 
 
 async def _whole(run: _Run, writer: Answer, headers: dict[str, str]) -> web.Response:
@@ -171,15 +169,15 @@ async def _stream(
 
 async def _merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of all streams as they come, with the stream's number."""
-    queue: asyncio.Queue[tuple[int, RequestOutput] | RequestError | None] = asyncio.Queue(QUEUED_OUTPUTS)
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(QUEUED_OUTPUTS)
 
     async def pump(number: int, stream: Stream) -> None:
         try:
             async for output in stream:
                 await queue.put((number, output))
             await queue.put(None)
-        except RequestError as error:
-            await queue.put(error)
+        except Exception as error:
+            await queue.put(error)  # raised where the outputs are read
 
     tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
     try:
@@ -188,7 +186,7 @@ async def _merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, RequestOut
             item = await queue.get()
             if item is None:
                 running -= 1
-            elif isinstance(item, RequestError):
+            elif isinstance(item, Exception):
                 raise item
             else:
                 yield item

@@ -42,6 +42,7 @@ class LoadedExecutor:
     executor: Executor
     limits: BatchLimits
     max_model_len: int
+    vocab_size: int
     eos_token_ids: tuple[int, ...]
     summary: str
 
@@ -86,7 +87,9 @@ def load_executor(config: EngineConfig, progress: Progress | None = None) -> Loa
         f"{source.name} ({model_config.architecture}, {dtype}) on {num_threads} CPU threads; context {max_model_len}; "
         f"KV cache of {num_blocks} blocks of {config.block_size} tokens, {mib(num_blocks * per_block)}"
     )
-    return LoadedExecutor(executor, limits, max_model_len, model_config.eos_token_ids, summary)
+    return LoadedExecutor(
+        executor, limits, max_model_len, model_config.vocab_size, model_config.eos_token_ids, summary
+    )
 
 
 def built(config: ModelConfig, ctx: BuildContext) -> CausalLM:

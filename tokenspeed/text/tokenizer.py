@@ -81,8 +81,10 @@ class TokenTable(dict[int, bytes]):
         self._bytes_of = bytes_of
 
     def __missing__(self, token_id: int) -> bytes:
-        if not 0 <= token_id < self._vocab_size:
-            raise InvalidRequest(f"token id {token_id} is outside the vocabulary of {self._vocab_size}")
+        if token_id < 0:
+            raise InvalidRequest(f"token id {token_id} is negative")
+        if token_id >= self._vocab_size:
+            return b""
         self[token_id] = data = self._bytes_of(token_id)
         return data
 
@@ -111,7 +113,8 @@ class Tokenizer(ABC):
     def table(self) -> TokenTable:
         """The raw bytes of every token by id; empty for an id that stands for nothing.
 
-        Raises `InvalidRequest` for an id outside the vocabulary.
+        Models often have more ids than their tokenizer has tokens, and may sample those: they are empty
+        too. Raises `InvalidRequest` for a negative id.
         """
         return TokenTable(self.vocab_size, self._token_bytes)
 
