@@ -100,9 +100,10 @@ class MhaDecode(Protocol):
     ) -> Tensor:
         """One query token a row: q [R,Hq,D] → softmax(scale · q·Kᵀ)·V [R,Hq,D].
 
-        Row r attends to its `kv_len[r]` ≥ 1 tokens; token j lies in block `block_table[r, j // block_size]`.
+        Row r attends to its `kv_len[r]` tokens; token j lies in block `block_table[r, j // block_size]`.
         block_table [R,M]: entries past a row's length are undefined. `kv_lens`: the host's upper bounds
-        of kv_len (the same numbers on a CPU). Query head h reads KV head h // (Hq / Hk).
+        of kv_len (the same numbers on a CPU). Query head h reads KV head h // (Hq / Hk). A row of length 0,
+        the padding of a captured step, gives zeros; the CPU's steps have none.
         """
 
 

@@ -72,19 +72,22 @@ def linear_variants(tokens: int, tune: bool) -> Iterator[tuple[str, Callable[[Te
     yield "triton", linear.Linear()
     if not tune:
         return
-    if tokens <= 4:
-        for v in ((2, 2048, 16384, 4), (4, 2048, 4096, 4), (4, 2048, 16384, 8), (8, 2048, 2048, 4), (8, 1024, 4096, 8)):
-            yield f"vector {v}", linear.Linear(linear.VectorConfig(*v))
-    if tokens > 1:
-        for t in (
-            (16, 4, 128, 2048, 3), (16, 8, 128, 2048, 3), (16, 8, 64, 4096, 4), (32, 4, 128, 1024, 3),
-            (32, 8, 64, 1024, 4), (32, 4, 64, 0, 5), (64, 4, 64, 0, 4),
-        ):  # fmt: skip
-            yield f"tensor {t}", linear.Linear(linear.TensorConfig(*t))
+    vectors = (
+        (4, 2048, 2048, 4), (2, 2048, 2048, 4), (8, 2048, 2048, 4), (2, 2048, 4096, 4), (2, 2048, 2048, 2),
+        (4, 2048, 2048, 8), (8, 2048, 2048, 8), (8, 1024, 2048, 4), (16, 1024, 1024, 4),
+    )  # fmt: skip
+    tensors = (
+        (16, 4, 128, 2048, 3), (32, 4, 64, 0, 5), (64, 4, 64, 0, 5), (16, 4, 128, 1024, 3), (16, 4, 64, 1024, 4),
+        (32, 4, 64, 0, 7), (32, 4, 64, 512, 5), (32, 4, 128, 512, 3), (64, 4, 32, 0, 7), (16, 4, 64, 0, 7),
+    )  # fmt: skip
+    for v in vectors[: {1: 9, 2: 4, 4: 1}.get(tokens, 0)]:
+        yield f"vector {v}", linear.Linear(linear.VectorConfig(*v))
+    for t in tensors[: {1: 0, 2: 3}.get(tokens, 10)]:
+        yield f"tensor {t}", linear.Linear(linear.TensorConfig(*t))
 
 
 def linear_trials(tune: bool) -> Iterator[Trial]:
-    for (k, n), tokens in itertools.product(LINEAR_SHAPES, (1, 4, 16)):
+    for (k, n), tokens in itertools.product(LINEAR_SHAPES, (1, 2, 4, 16)):
         num_bytes = (n * k + tokens * (n + k)) * 2
         for name, kernel in linear_variants(tokens, tune):
 
@@ -287,9 +290,8 @@ def mha_trials(tune: bool) -> Iterator[Trial]:
     config = mha_decode.Config
     variants = {"triton": config(), "triton, no descriptors": config(tma=False, dependent=False)}
     if tune:
-        for stages, programs in ((2, 3), (2, 2), (4, 1), (6, 1)):
+        for stages, programs in ((4, 1), (2, 3)):
             variants[f"{stages} stages, {programs}"] = config(stages=stages, programs=programs)
-        variants["8 warps"] = config(warps=8)
     for batch, context in ((1, 1024), (8, 1024), (32, 1024), (128, 1024), (1, 50000), (8, 50000)):
         num_bytes = batch * context * 2 * KV_HEADS * HEAD_DIM * 2
         copies, shape = num_copies(num_bytes, 32), f"{batch} × {context}"

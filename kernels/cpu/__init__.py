@@ -1,9 +1,12 @@
 """The CPU backend: C++ kernels, one build for each instruction set, the best legal one chosen by priority.
 
-The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats. Sums and
-exponentials are in float32. Attention over the paged cache is online-softmax over tiles of 64 tokens; a
-row's result depends neither on its batch, nor on the number of threads, nor on how a prompt was chunked.
-Threads are torch's own (`torch.set_num_threads`). `linear` and `embedding` are torch's here.
+The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats, and
+`avx512_bf16` multiplies pairs of bfloat16 in one instruction. Sums and exponentials are in float32.
+Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
+its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
+32 tokens and one above (`linear.py`). `embedding` is torch's here.
+
+Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
 """
 
 from __future__ import annotations
@@ -17,19 +20,20 @@ import torch
 from tokenspeed.kernels.registry import Condition, Implementation, Kernel, Multiple, On, Target, Traits, lazy
 
 _ANY_CPU = On("cpu")
+_AVX2 = frozenset({"avx2", "fma", "bmi2"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 VARIANTS: Mapping[str, tuple[int, On]] = {
     "portable": (100, _ANY_CPU),
-    "avx2": (110, On("cpu", "x86_64", frozenset({"avx2", "fma", "bmi2"}))),
-    "avx512": (
-        120,
-        On("cpu", "x86_64", frozenset({"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl"})),
-    ),
+    "avx2": (110, On("cpu", "x86_64", _AVX2)),
+    "avx512": (120, On("cpu", "x86_64", _AVX512)),
+    "avx512_bf16": (130, On("cpu", "x86_64", _AVX512 | {"avx512_bf16"})),
 }
 """Variant → priority and where it runs."""
 
 # The widest vector has 16 floats and a head is a whole number of them.
 _HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
 TRAITS: Mapping[str, Mapping[str, Condition]] = {
+    "linear": {},
     "mha_decode": _HEADS,
     "mha_prefill": _HEADS,
     "rms_norm": {},
@@ -70,7 +74,7 @@ def _unavailable() -> str | None:
 def _binder(op: str, variant: str) -> Callable[[Target, Traits], Kernel]:
     def bind(target: Target, traits: Traits) -> Kernel:
         kernels = importlib.import_module(f"{__name__}._ops").Kernels(variant, str(target.dtype).removeprefix("torch."))
-        kernel: Kernel = importlib.import_module(f"{__name__}.{op}").bind(kernels, target.dtype, traits)
+        kernel: Kernel = importlib.import_module(f"{__name__}.{op}").bind(kernels, target, traits)
         return kernel
 
     return bind

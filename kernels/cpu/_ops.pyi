@@ -1,9 +1,12 @@
 from typing import Literal
 
-Isa = Literal["portable", "avx2", "avx512"]
+Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 
-def has_threads() -> bool:
-    """Whether an OpenMP runtime was found; without one the kernels run on the calling thread."""
+LINEAR_FEW: int
+"""Tokens up to which `Kernels.linear` reads weights as they lie; beyond, it transposes them first."""
+
+def num_helpers() -> int:
+    """Threads that this process has started for the kernels so far, the calling ones not counted."""
 
 def supports(isa: Isa) -> bool:
     """Whether this processor runs it and this build has it."""
@@ -98,3 +101,17 @@ class Kernels:
         threads: int,
     ) -> None: ...
     def silu_mul(self, gate_up: int, stride: int, out: int, tokens: int, size: int, threads: int) -> None: ...
+    def linear(
+        self,
+        x: int,
+        x_stride: int,
+        weight: int,
+        weight_stride: int,
+        bias: int,
+        out: int,
+        tokens: int,
+        columns: int,
+        rows: int,
+        threads: int,
+    ) -> None:
+        """`bias` is 0 without one."""

@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uintptr_t
 
 
 cdef extern from "parallel.h" namespace "tokenspeed::cpu" nogil:
-    bint c_has_threads "tokenspeed::cpu::has_threads"()
+    int c_num_helpers "tokenspeed::cpu::num_helpers"()
 
 
 cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
@@ -16,6 +16,7 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         portable
         avx2
         avx512
+        avx512_bf16
 
     cdef cppclass Attention:
         const void* q
@@ -35,10 +36,22 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         int32_t block_size
         float scale
 
+    cdef cppclass Linear:
+        const void* x
+        const void* weight
+        const void* bias
+        void* out
+        int64_t x_stride
+        int64_t weight_stride
+        int64_t tokens
+        int64_t columns
+        int64_t rows
+
     cdef cppclass Table "tokenspeed::cpu::Kernels":
         pass
 
     const int64_t OK
+    const int c_linear_few "tokenspeed::cpu::LINEAR_FEW"
     bint c_supports "tokenspeed::cpu::supports"(Isa)
     const Table* c_kernels "tokenspeed::cpu::kernels"(Isa, Type)
     int64_t c_mha_decode "tokenspeed::cpu::mha_decode"(const Table&, const Attention&, int) except +
@@ -53,14 +66,18 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         const Table&, void*, int64_t, int64_t, int64_t, void*, int64_t, int64_t, int64_t, int64_t, bint,
         const int64_t*, const float*, int64_t, int64_t, int)
     void c_silu_mul "tokenspeed::cpu::silu_mul"(const Table&, const void*, int64_t, void*, int64_t, int64_t, int)
+    void c_linear "tokenspeed::cpu::linear"(const Table&, const Linear&, int) except +
 
 
-cdef dict ISAS = {"portable": <int> Isa.portable, "avx2": <int> Isa.avx2, "avx512": <int> Isa.avx512}
+cdef dict ISAS = {"portable": <int> Isa.portable, "avx2": <int> Isa.avx2, "avx512": <int> Isa.avx512,
+                  "avx512_bf16": <int> Isa.avx512_bf16}
 cdef dict TYPES = {"float32": <int> Type.f32, "bfloat16": <int> Type.bf16}
 
+LINEAR_FEW = c_linear_few
 
-def has_threads():
-    return c_has_threads()
+
+def num_helpers():
+    return c_num_helpers()
 
 
 def supports(str isa):
@@ -130,6 +147,14 @@ cdef class Kernels:
     def silu_mul(self, uintptr_t gate_up, int64_t stride, uintptr_t out, int64_t tokens, int64_t size, int threads):
         with nogil:
             c_silu_mul(self.table[0], <const void*> gate_up, stride, <void*> out, tokens, size, threads)
+
+    def linear(self, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride, uintptr_t bias,
+               uintptr_t out, int64_t tokens, int64_t columns, int64_t rows, int threads):
+        cdef Linear a
+        a.x, a.weight, a.bias, a.out = <const void*> x, <const void*> weight, <const void*> bias, <void*> out
+        a.x_stride, a.weight_stride, a.tokens, a.columns, a.rows = x_stride, weight_stride, tokens, columns, rows
+        with nogil:
+            c_linear(self.table[0], a, threads)
 
 
 cdef Attention attention(uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k, uintptr_t v, int64_t num_blocks,

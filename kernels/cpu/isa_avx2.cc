@@ -3,6 +3,11 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
+// Told by hand: whether a target pragma defines the compiler's own macros depends on its version (GCC 12: no).
+#define TOKENSPEED_FUSED_BITS 256
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
 #pragma GCC target("avx2,fma,bmi2")
 
@@ -10,7 +15,10 @@ namespace tokenspeed::cpu::avx2 {
 namespace {
 constexpr int LANES = 8;
 #include "simd.h"
+#include "multiply.h"
 #include "elementwise.h"
+#include "linear_few.h"
+#include "linear_many.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 }  // namespace

@@ -7,7 +7,10 @@ namespace tokenspeed::cpu::portable {
 namespace {
 constexpr int LANES = 4;
 #include "simd.h"
+#include "multiply.h"
 #include "elementwise.h"
+#include "linear_few.h"
+#include "linear_many.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 }  // namespace

@@ -18,6 +18,9 @@ const Kernels* table(Type);
 namespace avx512 {
 const Kernels* table(Type);
 }
+namespace avx512_bf16 {
+const Kernels* table(Type);
+}
 #endif
 
 bool supports(Isa isa) {
@@ -30,6 +33,8 @@ bool supports(Isa isa) {
         case Isa::avx512:
             return supports(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        case Isa::avx512_bf16:
+            return supports(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
         default:
             return false;
@@ -44,6 +49,8 @@ const Kernels* kernels(Isa isa, Type type) {
             return avx2::table(type);
         case Isa::avx512:
             return avx512::table(type);
+        case Isa::avx512_bf16:
+            return avx512_bf16::table(type);
 #endif
         default:
             return portable::table(type);
@@ -167,6 +174,69 @@ void silu_mul(const Kernels& kernels, const void* gate_up, int64_t stride, void*
     parallel_ranges(tokens, 8 * size, threads, [&](int64_t begin, int64_t end) {
         kernels.silu_mul(gate_up, stride, out, size, begin, end);
     });
+}
+
+namespace {
+
+// Cuts a product into tasks of `block` tokens × weight rows: about `size` multiplications each, as many for every
+// thread. Consecutive tasks use the same weights. body(first token, last, first row, last, worker).
+template <class Body>
+void product_tasks(const Linear& a, int64_t block, int64_t row_step, int64_t size, int threads, const Body& body) {
+    const int64_t blocks = (a.tokens + block - 1) / block;
+    const int64_t wanted = (a.rows * a.columns * block / size + threads) / threads * threads;
+    const int64_t rows = (a.rows + wanted * row_step - 1) / (wanted * row_step) * row_step;
+    parallel((a.rows + rows - 1) / rows * blocks, threads, [&](int64_t task, int worker) {
+        const int64_t begin = task % blocks * block, first = task / blocks * rows;
+        body(begin, begin + block < a.tokens ? begin + block : a.tokens, first,
+             first + rows < a.rows ? first + rows : a.rows, worker);
+    });
+}
+
+void linear_few(const Kernels& kernels, const Linear& a, int threads) {
+    const int64_t packed_size = round_up(a.tokens * a.packed_stride()), each = round_up(LINEAR_ROWS * a.tokens);
+    float* packed = scratch(packed_size + each * threads);
+    kernels.linear_few_pack(a, 0, a.tokens, packed);
+    // 25 µs: 256 KiB of bfloat16 weights at one core's share of the memory, or the products of many tokens. Half of
+    // it costs 3% of the rate in cold starts.
+    const int64_t size = (int64_t{1} << 17) * (a.tokens < 8 ? a.tokens : 8);
+    product_tasks(a, a.tokens, LINEAR_ROWS, size, threads,
+                  [&](int64_t begin, int64_t end, int64_t first, int64_t last, int worker) {
+                      float* totals = packed + packed_size + worker * each;
+                      kernels.linear_few_rows(a, packed, begin, end, first, last, totals);
+                  });
+}
+
+void linear_many(const Kernels& kernels, const Linear& a, int threads) {
+    const int64_t blocks = (a.tokens + LINEAR_BLOCK - 1) / LINEAR_BLOCK;
+    const int64_t block = (a.tokens + 6 * blocks - 1) / (6 * blocks) * 6;
+    const int64_t widened_size = round_up((a.tokens + 6) * a.columns), each = round_up(kernels.linear_many_scratch(block));
+    float* widened = scratch(widened_size + each * threads);
+    parallel_ranges(a.tokens, a.columns, threads,
+                    [&](int64_t begin, int64_t end) { kernels.linear_many_widen(a, begin, end, widened); });
+    // 30 µs, as a rule one strip.
+    product_tasks(a, block, kernels.linear_strip, 1 << 20, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int worker) {
+        kernels.linear_many_rows(a, widened, begin, end, first, last, widened + widened_size + worker * each);
+    });
+}
+
+}  // namespace
+
+void linear(const Kernels& kernels, const Linear& a, int threads) {
+    if (a.tokens == 0 || a.rows == 0) return;
+    // Less than 5 µs of work is done before a helper is awake.
+    const bool small = a.tokens * a.rows * a.columns < 1 << 15;
+    threads = small || threads < 1 ? 1 : (threads < MAX_THREADS ? threads : MAX_THREADS);
+    if (a.tokens <= LINEAR_FEW) return linear_few(kernels, a, threads);
+    // Widened tokens stay below 16 MiB.
+    const int64_t most = LINEAR_BLOCK + (int64_t{1} << 22) / (a.columns < 1 ? 1 : a.columns);
+    const int64_t item = kernels.item_size;
+    for (int64_t t = 0; t < a.tokens; t += most) {
+        Linear part = a;
+        part.x = static_cast<const char*>(a.x) + t * a.x_stride * item;
+        part.out = static_cast<char*>(a.out) + t * a.rows * item;
+        part.tokens = a.tokens - t < most ? a.tokens - t : most;
+        linear_many(kernels, part, threads);
+    }
 }
 
 }  // namespace tokenspeed::cpu

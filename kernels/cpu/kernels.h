@@ -1,12 +1,13 @@
 // The C++ face of the CPU kernels, and the table that each instruction set fills.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace tokenspeed::cpu {
 
 enum class Type { f32, bf16 };
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 // Attention over a paged cache. Heads of q and out lie together (head h at h * head_dim); tokens of q are
 // q_stride elements apart, those of out num_heads * head_dim. Caches: [num_blocks, block_size, num_kv_heads,
@@ -50,6 +51,27 @@ struct QueryTile {
     int32_t visible;
 };
 
+// A product with a weight stored as [out, in]: out[t, n] = x[t] · weight[n] + bias[n]; out is contiguous, bias
+// may be null. Tokens are packed before they are used, each to packed_stride() elements.
+struct Linear {
+    const void* x;
+    const void* weight;
+    const void* bias;
+    void* out;
+    int64_t x_stride;
+    int64_t weight_stride;
+    int64_t tokens;
+    int64_t columns;  // of the weight: K
+    int64_t rows;     // of the weight: N
+
+    int64_t packed_stride() const { return (columns + 31) / 32 * 32; }
+};
+
+constexpr int LINEAR_FEW = 32;      // tokens up to which weights are used as they lie
+constexpr int LINEAR_ROWS = 8;      // few: weight rows that share one pass over the tokens
+constexpr int LINEAR_PANEL = 1024;  // few: elements of a row between two reductions of the sums
+constexpr int LINEAR_BLOCK = 252;   // many: tokens that share a strip of transposed weights
+constexpr int LINEAR_DEPTH = 256;   // many: elements of a row in a strip
 constexpr int SPLIT_TOKENS = 256;  // a constant, so that a row's result does not depend on its batch
 constexpr int TILE_TOKENS = 64;    // KV tokens between two rescalings of the online softmax
 constexpr int TILE_ROWS = 96;      // query rows (tokens × heads of the group) that share one pass over the KV
@@ -57,6 +79,7 @@ constexpr int TILE_ROWS = 96;      // query rows (tokens × heads of the group) 
 // What each instruction set provides for each type. Elementwise functions work on tokens [begin, end).
 // A partial of a split is num_heads × (head_dim accumulators, maximum, sum).
 struct Kernels {
+    int64_t item_size;  // bytes of the type
     int64_t (*decode_scratch)(const Attention&);
     void (*decode_split)(const Attention&, const Split&, float* partial, float* scratch);
     void (*decode_combine)(const Attention&, int row, const float* partials, int splits);
@@ -67,6 +90,14 @@ struct Kernels {
     void (*rotary)(void* x, int64_t token_stride, int64_t head_stride, int64_t heads, int64_t head_dim,
                    bool interleaved, const int64_t* positions, const float* cos_sin, int64_t begin, int64_t end);
     void (*silu_mul)(const void* gate_up, int64_t stride, void* out, int64_t size, int64_t begin, int64_t end);
+    void (*linear_few_pack)(const Linear&, int64_t begin, int64_t end, void* packed);
+    void (*linear_few_rows)(const Linear&, const void* packed, int64_t begin, int64_t end, int64_t first_row,
+                            int64_t last_row, float* totals);
+    void (*linear_many_widen)(const Linear&, int64_t begin, int64_t end, float* widened);
+    int64_t linear_strip;  // weight rows that are transposed together
+    int64_t (*linear_many_scratch)(int64_t tokens);
+    void (*linear_many_rows)(const Linear&, const float* widened, int64_t begin, int64_t end, int64_t first_row,
+                             int64_t last_row, float* scratch);
 };
 
 // Whether this processor runs it, and this build has it.
@@ -91,5 +122,6 @@ void rms_norm(const Kernels&, const void* x, int64_t x_stride, const void* resid
               const void* weight, void* y, void* residual_out, int64_t tokens, int64_t hidden, float eps, int threads);
 void silu_mul(const Kernels&, const void* gate_up, int64_t stride, void* out, int64_t tokens, int64_t size,
               int threads);
+void linear(const Kernels&, const Linear&, int threads);
 
 }  // namespace tokenspeed::cpu

@@ -1,39 +1,142 @@
 #include "parallel.h"
 
-#include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <new>
+#include <system_error>
+#include <thread>
 
 namespace tokenspeed::cpu {
 namespace {
 
-// The entry point that GCC's `#pragma omp parallel` compiles to; LLVM's and Intel's runtimes have it too.
-using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+using Clock = std::chrono::steady_clock;
+constexpr auto SPIN = std::chrono::microseconds(50);
 
-// Looked up instead of linked: linking would load a second OpenMP runtime beside the one torch brings.
-Parallel find_parallel() {
-    static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return found;
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
 }
 
-struct Run {
-    Task task;
-    const void* context;
-    int64_t count;
-    std::atomic<int64_t> next{0};
-    std::atomic<int> joined{0};
+// Until `done()`, at most for SPIN. The clock is read rarely: it costs as much as 20 rounds.
+template <class Done>
+bool spin(const Done& done) {
+    const auto end = Clock::now() + SPIN;
+    for (;;) {
+        for (int i = 0; i < 64; ++i) {
+            if (done()) return true;
+            relax();
+        }
+        if (Clock::now() > end) return false;
+    }
+}
+
+// The tasks of a run are taken from `open_`: the run's number above, how many are left below. A task is taken
+// by exchanging exactly the value that was seen, so a helper that slept through the end of its run takes
+// nothing of a later one, whatever it has read of it meanwhile.
+class Pool {
+public:
+    // False if another thread has the pool.
+    bool run(uint32_t count, int threads, Task task, const void* context) {
+        if (taken_.exchange(true, std::memory_order_acquire)) return false;
+        if (count < static_cast<uint32_t>(threads)) threads = static_cast<int>(count);
+        start_helpers(threads - 1);
+        const uint64_t number = (open_.load(std::memory_order_relaxed) >> 32) + 1;
+        task_.store(task, std::memory_order_relaxed);
+        context_.store(context, std::memory_order_relaxed);
+        threads_.store(threads, std::memory_order_relaxed);
+        left_.store(count, std::memory_order_relaxed);
+        open_.store(number << 32 | count, std::memory_order_release);
+        const int awake = helpers() < threads - 1 ? helpers() : threads - 1;
+        for (int helper = 1; helper <= awake; ++helper) {
+            calls_[helper].number.store(static_cast<uint32_t>(number), std::memory_order_seq_cst);
+            calls_[helper].number.notify_one();  // no system call for one that is awake
+        }
+        work(0);
+        if (!spin([&] { return left_.load(std::memory_order_acquire) == 0; })) {
+            // Whoever has the last tasks may have lost its core: leave it this one.
+            for (uint32_t left; (left = left_.load(std::memory_order_acquire)) != 0;) left_.wait(left);
+        }
+        taken_.store(false, std::memory_order_release);
+        return true;
+    }
+
+    int helpers() const { return helpers_.load(std::memory_order_relaxed); }
+
+private:
+    void start_helpers(int wanted) {
+        int helpers = helpers_.load(std::memory_order_relaxed);
+        if (helpers >= wanted) return;
+        // Signals are for the threads that the interpreter knows.
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        try {
+            for (; helpers < wanted; ++helpers) std::thread([this, worker = helpers + 1] { help(worker); }).detach();
+        } catch (const std::system_error&) {
+            // The system allows no more threads: those there are do the work.
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        helpers_.store(helpers, std::memory_order_relaxed);
+    }
+
+    [[noreturn]] void help(int worker) {
+        std::atomic<uint32_t>& number = calls_[worker].number;
+        for (uint32_t seen = 0;;) {
+            if (!spin([&] { return number.load(std::memory_order_acquire) != seen; })) {
+                number.wait(seen, std::memory_order_seq_cst);
+            }
+            seen = number.load(std::memory_order_acquire);
+            work(worker);
+        }
+    }
+
+    void work(int worker) {
+        uint64_t open = open_.load(std::memory_order_acquire);
+        while (const uint32_t tasks = static_cast<uint32_t>(open)) {
+            const Task task = task_.load(std::memory_order_relaxed);
+            const void* context = context_.load(std::memory_order_relaxed);
+            if (worker >= threads_.load(std::memory_order_relaxed)) return;
+            if (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+                continue;
+            }
+            task(context, tasks - 1, worker);
+            if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) left_.notify_all();
+            open = open_.load(std::memory_order_acquire);
+        }
+    }
+
+    alignas(64) std::atomic<uint64_t> open_{0};
+    alignas(64) std::atomic<Task> task_{nullptr};
+    std::atomic<const void*> context_{nullptr};
+    std::atomic<int> threads_{0};
+    alignas(64) std::atomic<uint32_t> left_{0};
+    struct alignas(64) Call {
+        std::atomic<uint32_t> number{0};  // of the last run that a helper was called to
+    };
+    Call calls_[MAX_THREADS];
+    alignas(64) std::atomic<bool> taken_{false};
+    std::atomic<int> helpers_{0};
 };
 
-void work(void* data) {
-    Run& run = *static_cast<Run*>(data);
-    const int worker = run.joined.fetch_add(1, std::memory_order_relaxed);
-    for (;;) {
-        const int64_t task = run.next.fetch_add(1, std::memory_order_relaxed);
-        if (task >= run.count) return;
-        run.task(run.context, task, worker);
-    }
+// Never destroyed: helpers use it until the process is gone.
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+    static const bool started = [] {
+        current = new Pool;
+        // A child has no helpers, and a parent's run may have been under way.
+        pthread_atfork(nullptr, nullptr, [] { current = new Pool; });
+        return true;
+    }();
+    (void)started;
+    return *current.load(std::memory_order_acquire);
 }
 
 struct Free {
@@ -43,13 +146,10 @@ struct Free {
 }  // namespace
 
 void run_tasks(int64_t count, int threads, Task task, const void* context) {
-    const Parallel start = threads > 1 && count > 1 ? find_parallel() : nullptr;
-    if (start == nullptr) {
-        for (int64_t i = 0; i < count; ++i) task(context, i, 0);
-        return;
-    }
-    Run run{task, context, count};
-    start(work, &run, static_cast<unsigned>(count < threads ? count : threads), 0);
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    const bool shared = threads > 1 && count > 1 && count <= UINT32_MAX;
+    if (shared && pool().run(static_cast<uint32_t>(count), threads, task, context)) return;
+    for (int64_t i = 0; i < count; ++i) task(context, i, 0);
 }
 
 float* scratch(size_t floats) {
@@ -64,6 +164,6 @@ float* scratch(size_t floats) {
     return memory.get();
 }
 
-bool has_threads() { return find_parallel() != nullptr; }
+int num_helpers() { return pool().helpers(); }
 
 }  // namespace tokenspeed::cpu

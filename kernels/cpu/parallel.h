@@ -1,4 +1,6 @@
-// Threads for the kernels: torch's own OpenMP team, so that two pools never fight for the same cores.
+// Threads for the kernels: one pool a process. A helper spins for SPIN_US after a run, then sleeps, so a step
+// finds it awake and an idle engine costs nothing. Whoever runs takes the next task, and a run waits only for
+// tasks that were begun: a helper that lost its core to another process costs one task, never a barrier.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +11,12 @@ namespace tokenspeed::cpu {
 // One task of a parallel run. `worker` is in [0, threads): it names scratch memory that is the task's alone.
 using Task = void (*)(const void* context, int64_t task, int worker);
 
-// Runs tasks 0 to count-1, each once, on at most `threads` threads; returns when all are done.
-// Tasks are handed out one by one, so a busy core takes fewer. Serial where no OpenMP is loaded.
+constexpr int MAX_THREADS = 256;
+
+// Runs tasks 0 to count-1, each once, on at most `threads` threads, the caller among them; returns when all are
+// done. A task must not throw. Serial while another thread is inside: results never depend on it. Helpers
+// start with the first run that wants them, inherit its affinity and live as long as the process; a forked
+// child starts its own.
 void run_tasks(int64_t count, int threads, Task task, const void* context);
 
 template <class Body>
@@ -34,7 +40,7 @@ void parallel_ranges(int64_t count, int64_t cost, int threads, const Body& body)
 // Grow-only memory of the calling thread, 64-byte aligned; valid until its next call. Throws std::bad_alloc.
 float* scratch(size_t floats);
 
-// Whether an OpenMP runtime was found in this process.
-bool has_threads();
+// Helpers that this process has started so far.
+int num_helpers();
 
 }  // namespace tokenspeed::cpu

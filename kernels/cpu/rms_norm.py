@@ -7,10 +7,11 @@ from torch import Tensor
 
 from tokenspeed.kernels.cpu import _ops
 from tokenspeed.kernels.cpu.arguments import expect, expect_contiguous
-from tokenspeed.kernels.registry import Kernel, Traits
+from tokenspeed.kernels.registry import Kernel, Target, Traits
 
 
-def bind(kernels: _ops.Kernels, dtype: torch.dtype, traits: Traits) -> Kernel:
+def bind(kernels: _ops.Kernels, target: Target, traits: Traits) -> Kernel:
+    dtype = target.dtype
     launch = kernels.rms_norm
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, /) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ inline To bit_copy(const From& from) {
     return to;
 }
 
-inline Floats splat(float x) { return Floats{} + x; }
+inline Floats splat(float x) { return x - Floats{}; }  // nothing is left to compute, as −0 + 0 would be
 
 inline Floats load(const float* p) {
     Floats x;
@@ -50,6 +50,18 @@ inline void store_one(float* p, float x) { *p = x; }
 inline void store_one(BFloat16* p, float x) {
     const uint32_t bits = bit_copy<uint32_t>(x);
     p->bits = static_cast<uint16_t>(x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0);
+}
+
+// a · b + c. Written out where a sum must have the same bits however its loop was compiled: left to itself, GCC 13
+// fuses some chains of them and splits others (seen as a float32 product whose bits changed with its batch).
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if TOKENSPEED_FUSED_BITS == 512
+    return bit_copy<Floats>(_mm512_fmadd_ps(bit_copy<__m512>(a), bit_copy<__m512>(b), bit_copy<__m512>(c)));
+#elif TOKENSPEED_FUSED_BITS == 256
+    return bit_copy<Floats>(_mm256_fmadd_ps(bit_copy<__m256>(a), bit_copy<__m256>(b), bit_copy<__m256>(c)));
+#else
+    return a * b + c;
+#endif
 }
 
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }

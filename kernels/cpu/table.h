@@ -4,6 +4,7 @@ namespace {
 template <class T>
 constexpr Kernels table_of() {
     return Kernels{
+        .item_size = sizeof(T),
         .decode_scratch = decode_scratch,
         .decode_split = decode_split<T>,
         .decode_combine = decode_combine<T>,
@@ -12,6 +13,12 @@ constexpr Kernels table_of() {
         .rms_norm = rms_norm<T>,
         .rotary = rotary<T>,
         .silu_mul = silu_mul<T>,
+        .linear_few_pack = linear_few_pack<T>,
+        .linear_few_rows = linear_few_rows<T>,
+        .linear_many_widen = linear_many_widen<T>,
+        .linear_strip = STRIP,
+        .linear_many_scratch = linear_many_scratch,
+        .linear_many_rows = linear_many_rows<T>,
     };
 }
 }  // namespace

@@ -33,6 +33,8 @@ def mha_decode(
     groups = q.to(wide).view(rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = torch.einsum("rhgd,rlhd->rhgl", groups, k) * scale
     weights = scores.masked_fill(absent[:, None, None, :], float("-inf")).softmax(dim=-1)
+    # A row without tokens has weights of 0/0; it gives zeros.
+    weights = weights.masked_fill((kv_len == 0)[:, None, None, None], 0)
     return torch.einsum("rhgl,rlhd->rhgd", weights, v).reshape(rows, num_heads, head_dim).to(q.dtype)
 
 

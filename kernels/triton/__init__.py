@@ -15,6 +15,7 @@ import torch
 from tokenspeed.kernels.registry import Implementation, Multiple, On, OneOf, lazy
 
 _HALF = frozenset((torch.bfloat16, torch.float16))
+_FLOATS = _HALF | {torch.float32}
 _POWERS = OneOf(frozenset(1 << n for n in range(4, 10)))
 
 
@@ -23,10 +24,10 @@ def unavailable() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def _gpu(op: str, **traits: OneOf | Multiple) -> Implementation:
+def _gpu(op: str, dtypes: frozenset[torch.dtype] = _HALF, **traits: OneOf | Multiple) -> Implementation:
     gpus = (On("nvidia", isa=frozenset(("sm80",))), On("amd"))
     bind = lazy(f"tokenspeed.kernels.triton.{op}:bind")
-    return Implementation(op, "triton", bind, gpus, _HALF, traits, 10, unavailable=unavailable)
+    return Implementation(op, "triton", bind, gpus, dtypes, traits, 10, unavailable=unavailable)
 
 
 def _interpreted(gpu: Implementation) -> Implementation:
@@ -38,6 +39,8 @@ def _interpreted(gpu: Implementation) -> Implementation:
 def implementations() -> tuple[Implementation, ...]:
     """The ops that have a Triton version; on a CPU only where the process asked for Triton's interpreter."""
     gpu = (
+        *(_gpu(op, _FLOATS) for op in ("embedding", "kv_store", "linear", "rms_norm", "rotary", "silu_mul")),
+        _gpu("mha_decode", _FLOATS, head_dim=Multiple(of=16, at_most=256), block_size=Multiple(of=16)),
         _gpu("mla_decode", kv_lora_rank=_POWERS, rope_dim=_POWERS, block_size=Multiple(of=16)),
         _gpu("moe_route"),
         _gpu("moe_experts", hidden_size=Multiple(of=64), intermediate_size=Multiple(of=64)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +30,20 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; without a GPU, for the interpreter, a Hopper's."""
+    if device.type != "cuda":
+        return 232448
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
+
+
+@functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether the device has tensor-memory copies and programmatic dependent launch (sm90 and newer)."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def dependent_launch(dependent: bool) -> dict[str, Any]:
+    """The launch option that goes with a kernel's DEPENDENT."""
+    return {"launch_pdl": True} if dependent else {}

@@ -158,11 +158,11 @@ def _merge(
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = tl.arange(0, ROWS)
     # The lengths are older than the kernel before this one, which waits before it lets this one start.
-    ends = _tile_ends(kv_len, num_rows, ROWS, BLOCK_N)
-    total = tl.max(ends, 0)
+    tiles = (tl.load(kv_len + rows, mask=rows < num_rows, other=0) + BLOCK_N - 1) // BLOCK_N
+    total = tl.sum(tiles, 0)
     num_shares = tl.minimum(num_shares, total)
-    row_end = tl.sum(tl.where(rows == row, ends, 0), 0)
-    row_begin = tl.sum(tl.where(rows == row - 1, ends, 0), 0)
+    row_end = tl.sum(tl.where(rows <= row, tiles, 0), 0)
+    row_begin = row_end - tl.sum(tl.where(rows == row, tiles, 0), 0)
     to = out + (row * width + column) * C + c
     dependency_wait(DEPENDENT)
     release_dependents(DEPENDENT)
@@ -262,20 +262,22 @@ def merge_shares(
     """The second kernel: `out` of the rows that lie in no share or in several."""
     rows, rank = out.shape[0], out.shape[-1]
     block_c, block_s = _merge_shape(rows, rank)
+    warps = max(1, min(4, block_c * block_s // 512))
     _merge[rows, partial.shape[1], rank // block_c](
         partial, lse, kv_len, out, rows, shares,
         C=rank, BLOCK_N=block_n, ROWS=triton.next_power_of_2(rows), BLOCK_C=block_c, BLOCK_S=block_s,
-        DEPENDENT=dependent, num_warps=4, **({"launch_pdl": True} if dependent else {}),
+        DEPENDENT=dependent, num_warps=warps, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
 
 def _merge_shape(rows: int, rank: int) -> tuple[int, int]:
     """(elements, partial results a turn) of a merging program: few rows have many partials, many rows have few."""
+    power = rank & -rank
     if rows <= 2:
-        return min(rank, 64), 64
+        return min(power, 64), 64
     if rows <= 16:
-        return min(rank, 128), 16
-    return rank, 4
+        return min(power, 128), 16
+    return power, 4
 
 
 def bind(target: Target, traits: Traits) -> MlaDecode:

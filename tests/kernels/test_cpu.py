@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.kernels.test_numerics import Paged
 from tokenspeed.kernels import ops
@@ -66,6 +70,120 @@ def test_a_prompt_in_chunks_gives_the_same_bits_as_whole(cut: int, generator: to
         return prefill()(q[begin:end], k, v, table, starts, length, (end - begin,), (end,), scale)
 
     assert torch.equal(torch.cat((chunk(0, cut), chunk(cut, 131))), chunk(0, 131))
+
+
+def product(dtype: torch.dtype) -> ops.Linear:
+    return ops.linear(ops.Target(TARGET.platform, dtype))
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def operands(request: pytest.FixtureRequest, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """x [300, 1100], weight [203, 1100], bias."""
+    shapes = ((300, 1100), (203, 1100), (203,))
+    return tuple(torch.randn(shape, generator=generator).to(request.param) for shape in shapes)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 5, 7, 16, _ops.LINEAR_FEW])
+def test_a_token_of_a_small_product_has_the_same_bits_alone(
+    tokens: int, operands: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, weight, bias = operands
+    linear = product(x.dtype)
+    alone = torch.cat([linear(x[t : t + 1], weight, bias) for t in range(tokens)])
+    assert torch.equal(linear(x[:tokens], weight, bias), alone)
+
+
+@pytest.mark.parametrize("begin", [0, 5, 123])
+def test_a_token_of_a_large_product_has_the_same_bits_in_any_chunk(
+    begin: int, operands: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, weight, bias = operands
+    linear = product(x.dtype)
+    chunk = linear(x[begin : begin + _ops.LINEAR_FEW + 1], weight, bias)
+    assert torch.equal(chunk, linear(x, weight, bias)[begin : begin + _ops.LINEAR_FEW + 1])
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+def test_the_number_of_threads_changes_no_bit_of_a_product(
+    tokens: int, operands: tuple[Tensor, Tensor, Tensor], restored_threads: None
+) -> None:
+    x, weight, bias = operands
+    results = []
+    for threads in (1, 2, 3, 7, 40):
+        torch.set_num_threads(threads)
+        results.append(product(x.dtype)(x[:tokens], weight, bias))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 100])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_token_or_its_output(
+    tokens: int, bad: float, operands: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, weight, _ = operands
+    x, weight = x[:tokens].clone(), weight.clone()
+    x[tokens - 1, 1099], weight[202, 3] = bad, bad
+    wrong = ~product(x.dtype)(x, weight).isfinite()
+    assert wrong[tokens - 1].all() and wrong[:, 202].all()
+    assert not wrong[: tokens - 1, :202].any()
+
+
+def test_a_product_with_nothing_in_it_is_its_bias() -> None:
+    linear = product(torch.float32)
+    assert linear(torch.empty(0, 8), torch.ones(4, 8)).shape == (0, 4)
+    assert linear(torch.ones(2, 8), torch.empty(0, 8)).shape == (2, 0)
+    for tokens in (2, 100):
+        result = linear(torch.empty(tokens, 0), torch.empty(4, 0), torch.arange(4.0))
+        assert torch.equal(result, torch.arange(4.0).expand(tokens, 4))
+
+
+def test_the_shapes_of_a_product_must_fit() -> None:
+    linear = product(torch.float32)
+    with pytest.raises(ValueError, match="weight"):
+        linear(torch.ones(2, 8), torch.ones(4, 7))
+    with pytest.raises(ValueError, match="bias"):
+        linear(torch.ones(2, 8), torch.ones(4, 8), torch.ones(3))
+    with pytest.raises(ValueError, match=r"x is torch\.bfloat16"):
+        linear(torch.ones(2, 8).bfloat16(), torch.ones(4, 8))
+
+
+def test_callers_at_the_same_time_get_what_one_gets(
+    operands: tuple[Tensor, Tensor, Tensor], restored_threads: None
+) -> None:
+    x, weight, bias = operands
+    linear = product(x.dtype)
+    torch.set_num_threads(5)
+    expected = {tokens: linear(x[:tokens], weight, bias) for tokens in (1, 4, 40)}
+
+    def repeat(tokens: int) -> bool:
+        torch.set_num_threads(5)
+        return all(torch.equal(linear(x[:tokens], weight, bias), expected[tokens]) for _ in range(100))
+
+    with ThreadPoolExecutor(3) as callers:
+        assert all(callers.map(repeat, expected))
+
+
+def test_helpers_start_once_and_a_forked_child_has_its_own() -> None:
+    # In a process of its own: a fork of this one would copy what pytest holds.
+    script = """
+import os, torch
+from tokenspeed.kernels import ops
+from tokenspeed.kernels.cpu import _ops
+from tokenspeed.kernels.platform import Platform
+torch.set_num_threads(3)
+linear = ops.linear(ops.Target(Platform.of(torch.device("cpu")), torch.float32))
+x, weight = torch.randn(4, 576), torch.randn(3072, 576)
+assert _ops.num_helpers() == 0
+y = [linear(x, weight) for _ in range(50)]
+assert _ops.num_helpers() == 2, _ops.num_helpers()
+child = os.fork()
+if child == 0:
+    right = _ops.num_helpers() == 0 and torch.equal(linear(x, weight), y[0]) and _ops.num_helpers() == 2
+    os._exit(0 if right else 3)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(linear(x, weight), y[-1])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("bad", [-1, 1_000_000])
@@ -148,7 +266,7 @@ def test_nothing_to_do_is_done() -> None:
     assert decode()(torch.empty(0, 6, 64), blocks, blocks, table, no_rows, (), 1.0).shape == (0, 6, 64)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_an_instruction_set_opens_only_where_it_is_supported(isa: _ops.Isa) -> None:
     if _ops.supports(isa):
         _ops.Kernels(isa, "float32")

@@ -48,12 +48,17 @@ def normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tenso
 
 
 def linear_cases() -> Iterator[Case]:
-    for tokens, k, n, bias in ((1, 64, 7, False), (5, 33, 96, True), (64, 576, 192, True)):
+    few = ((tokens, 576, 193, tokens % 2 == 1, 0) for tokens in range(1, 18))
+    odd = ((1, 64, 7, False, 0), (5, 33, 96, True, 3), (3, 1, 9, False, 0), (16, 1031, 17, True, 5))
+    long = ((1, 4100, 24, False, 0), (32, 2048, 8, True, 0))
+    many = ((33, 65, 97, True, 1), (64, 576, 192, True, 0), (300, 260, 130, False, 7), (47, 3, 20, True, 0))
+    for tokens, k, n, bias, padding in itertools.chain(few, odd, long, many):
 
-        def arguments(g: torch.Generator, dtype: torch.dtype, t=tokens, k=k, n=n, bias=bias) -> Arguments:
-            return normal(g, dtype, t, k), normal(g, dtype, n, k), normal(g, dtype, n) if bias else None
+        def arguments(g: torch.Generator, dtype: torch.dtype, t=tokens, k=k, n=n, bias=bias, p=padding) -> Arguments:
+            x, weight = normal(g, dtype, t, k + p)[:, :k], normal(g, dtype, n, k + p)[:, :k]
+            return x, weight, normal(g, dtype, n) if bias else None
 
-        yield Case(f"{tokens}x{k}x{n}", {}, arguments, returned)
+        yield Case(f"{tokens}x{k}x{n}{'+bias' if bias else ''}{' apart' if padding else ''}", {}, arguments, returned)
 
 
 def embedding_cases() -> Iterator[Case]:

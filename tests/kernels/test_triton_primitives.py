@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.test_numerics import CASES, Case, Paged, copied, returned, run, worst_error
+from tests.kernels.test_numerics import CASES, Case, Paged, copied, normal, returned, run, worst_error
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.reference.mha_decode import mha_decode as mha_reference
 from tokenspeed.kernels.registry import Kernel, Target
@@ -43,6 +43,17 @@ def decode_cases() -> Iterator[Case]:
     yield ragged((300, 5), 6, 2, 128, 256)
     yield ragged((129,), 20, 1, 16, 64)
     yield ragged((33,) * 5, 3, 3, 256, 128)
+
+
+def linear_cases() -> Iterator[Case]:
+    """Rows, K and weight rows that fill no tile, one token and many, x apart."""
+    for tokens, k, n, bias in ((1, 64, 7, False), (2, 200, 33, True), (5, 33, 96, True), (16, 300, 40, False)):
+
+        def arguments(g: torch.Generator, dtype: torch.dtype, t=tokens, k=k, n=n, bias=bias) -> tuple[Any, ...]:
+            x = normal(g, dtype, t, k + 8)[:, :k]
+            return x, normal(g, dtype, n, k), normal(g, dtype, n) if bias else None
+
+        yield Case(f"{tokens}x{k}x{n}", {}, arguments, returned)
 
 
 def wanted(op: str, case: Case, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
@@ -89,7 +100,7 @@ def test_triton_kernels_interpreted_agree_with_the_reference() -> None:
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count(" ok") > 60, run.stdout
+    assert run.stdout.count(" ok") > 45, run.stdout
 
 
 def kernels(op: str, case: Case, dtype: torch.dtype) -> Iterator[Kernel]:
@@ -97,10 +108,10 @@ def kernels(op: str, case: Case, dtype: torch.dtype) -> Iterator[Kernel]:
     from tokenspeed.kernels.triton import linear, mha_decode  # noqa: PLC0415 - not before the interpreter is asked for
 
     if op == "linear":
-        yield linear.Linear(linear.VectorConfig(rows=2, block_k=16, held=32))
+        yield linear.Linear(linear.VectorConfig(rows=16, block_k=64, held=128))
         if dtype is not torch.float32:
-            yield linear.Linear(linear.TensorConfig(rows=16, parts=2, block_k=16, held=64))
-            yield linear.Linear(linear.TensorConfig(rows=32, parts=1, block_k=32, held=0))
+            yield linear.Linear(linear.TensorConfig(rows=32, parts=2, block_k=32, held=64))
+            yield linear.Linear(linear.TensorConfig(rows=64, parts=1, block_k=64, held=0))
     elif op == "mha_decode":
         size = int(case.traits["num_heads"]), int(case.traits["num_kv_heads"])
         yield mha_decode.MhaDecode(*size, mha_decode.Config(tma=False, dependent=False, shares=3))
@@ -110,17 +121,28 @@ def kernels(op: str, case: Case, dtype: torch.dtype) -> Iterator[Kernel]:
         yield importlib.import_module(name).bind(Target(Platform("cpu", ""), dtype), case.traits)
 
 
+def interpreted_cases() -> Iterator[tuple[str, Case, torch.dtype]]:
+    """float16 stands for the 16-bit types, once an op: the interpreter multiplies bfloat16 matrices wrongly."""
+    for op in ELEMENTWISE:
+        few = [case for case in CASES[op]() if int(case.name.split("x")[0].split()[0]) <= 40]
+        yield from ((op, case, torch.float32) for case in few)
+        yield op, few[-1], torch.float16
+    for case in linear_cases():
+        yield from (("linear", case, dtype) for dtype in (torch.float32, torch.float16))
+    cases = [*decode_cases(), *itertools.islice(CASES["mha_decode"](), 1, 3)]
+    yield from (("mha_decode", case, torch.float32) for case in cases)
+    yield "mha_decode", cases[0], torch.float16
+
+
 def interpret() -> int:
-    """Every case in float32 and float16 (the interpreter multiplies bfloat16 matrices wrongly); 1 if one is wrong."""
+    """1 if a case is wrong."""
     wrong = 0
-    for op, dtype in itertools.product((*ELEMENTWISE, "linear", "mha_decode"), (torch.float32, torch.float16)):
-        cases = [*decode_cases(), *itertools.islice(CASES[op](), 3)] if op == "mha_decode" else list(CASES[op]())
-        for case in cases:
-            for kernel in kernels(op, case, dtype):
-                error = error_of(op, kernel, case, dtype, "cpu")
-                good = error < TOLERANCE[dtype]
-                wrong += not good
-                print(f"{op} {case.name} {dtype}: {error:.1e} {'ok' if good else 'WRONG'}", flush=True)
+    for op, case, dtype in interpreted_cases():
+        for kernel in kernels(op, case, dtype):
+            error = error_of(op, kernel, case, dtype, "cpu")
+            good = error < TOLERANCE[dtype]
+            wrong += not good
+            print(f"{op} {case.name} {dtype}: {error:.1e} {'ok' if good else 'WRONG'}", flush=True)
     return min(wrong, 1)
 
 

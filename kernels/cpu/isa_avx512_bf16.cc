@@ -1,0 +1,28 @@
+// x86-64 with AVX-512 F, BW, DQ and VL, and its bfloat16 products.
+// Everything compiled for it is local to this file: the linker must never pick such a function for another.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// Told by hand: whether a target pragma defines the compiler's own macros depends on its version (GCC 12: no).
+#define TOKENSPEED_FUSED_BITS 512
+#define TOKENSPEED_BFLOAT16_PRODUCTS
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")
+
+namespace tokenspeed::cpu::avx512_bf16 {
+namespace {
+constexpr int LANES = 16;
+#include "simd.h"
+#include "multiply.h"
+#include "elementwise.h"
+#include "linear_few.h"
+#include "linear_many.h"
+#include "attention_decode.h"
+#include "attention_prefill.h"
+}  // namespace
+#include "table.h"
+}  // namespace tokenspeed::cpu::avx512_bf16
+#endif
