@@ -1,5 +1,7 @@
 """Check, then measure, the MLA and MoE kernels on one GPU: `python scripts/bench_kernels.py [--only mla,route,moe]`.
 
+The small ops, linear and GQA decode are in bench_primitives.py.
+
 Every kernel is first compared with the reference in float64 on fresh random inputs (ragged lengths, permuted
 blocks, NaN wherever nothing may be read, outputs poisoned), and replayed many times for identical results.
 Then it is timed: one CUDA graph of many calls on different data, more of it than the L2 cache holds, and the
