@@ -21,6 +21,7 @@ from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import Source, resolve
 from tokenspeed.checkpoint.weights import default_dtype, iterate_weights, load_weights
 from tokenspeed.errors import CheckpointError
+from tokenspeed.kernels.platform import Platform
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.registry import build_model
@@ -151,15 +152,21 @@ def test_an_unknown_gguf_tensor_is_named(tmp_path: Path, name: str, renamed: str
 
 
 @pytest.mark.parametrize(
-    ("stored", "computed"),
+    ("stored", "vendor", "isa", "computed"),
     [
-        ("float32", torch.float32),
-        ("bfloat16", torch.bfloat16),
-        ("float16", torch.bfloat16),
-        ("quantised", torch.bfloat16),
+        ("float32", "cpu", {"avx512_bf16"}, torch.float32),
+        ("bfloat16", "cpu", {"avx2", "fma"}, torch.float32),
+        ("bfloat16", "cpu", {"avx2", "avx512_bf16"}, torch.bfloat16),
+        ("bfloat16", "cpu", {"amx_bf16"}, torch.bfloat16),
+        ("quantised", "cpu", {"avx2"}, torch.float32),
+        ("float16", "nvidia", {"sm80", "sm90"}, torch.bfloat16),
+        ("quantised", "nvidia", {"sm80"}, torch.bfloat16),
+        ("float32", "nvidia", {"sm80"}, torch.float32),
     ],
 )
-def test_only_a_float32_checkpoint_is_computed_in_float32(stored: str, computed: torch.dtype) -> None:
+def test_the_default_dtype_is_what_the_machine_computes_fast(
+    stored: str, vendor: str, isa: set[str], computed: torch.dtype
+) -> None:
     config = ModelConfig(
         file="config.json",
         architecture="LlamaForCausalLM",
@@ -171,7 +178,7 @@ def test_only_a_float32_checkpoint_is_computed_in_float32(stored: str, computed:
         bos_token_id=None,
         generation_defaults={},
     )
-    assert default_dtype(config) is computed
+    assert default_dtype(config, Platform(vendor, "", frozenset(isa))) is computed
 
 
 DEMO_DIGEST = "849ea5f33c8dcd4c792bcb8609ea8236cee2394b9438e06a6d4698563ea52262"

@@ -18,6 +18,7 @@ from tokenspeed.executor.cpu import CpuExecutor
 from tokenspeed.executor.interface import Executor
 from tokenspeed.executor.machine import available_cpus, available_memory
 from tokenspeed.executor.memory import block_bytes, mib, num_kv_blocks
+from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.registry import KernelError
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
@@ -62,8 +63,9 @@ def load_executor(config: EngineConfig, progress: Progress | None = None) -> Loa
         block_size=config.block_size,
     )
     device = torch.device("cpu")
+    platform = Platform.of(device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
-    dtype = default_dtype(model_config) if dtype is None else dtype
+    dtype = default_dtype(model_config, platform) if dtype is None else dtype
     ctx = BuildContext.of(device=device, dtype=dtype, max_positions=max_model_len, block_size=config.block_size)
     # Built without memory first: what does not fit is refused before it is allocated (0.1 s for 30 layers).
     shapes = built(model_config, dataclasses.replace(ctx, device=torch.device("meta")))
