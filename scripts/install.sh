@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-}
 python=${PYTHON:-python3}
-want=$(cat constraints.txt pyproject.toml setup.py csrc/* tokenspeed/_core/*.py* kernels/cpu/* 2>/dev/null | sha256sum | cut -c1-16)
+want=$(cat constraints.txt pyproject.toml setup.py csrc/* tokenspeed/_core/*.p[yx][xd] kernels/cpu/*.{h,cc,pyx} | sha256sum | cut -c1-16)
 stamp=.venv/tokenspeed-installed
 if [ -f "$stamp" ] && grep -qx "$want ${extras:-base}" "$stamp"; then exit 0; fi
 
