@@ -1,6 +1,7 @@
 #include "block_pool.h"
 
-#include <bit>
+#include "host_pool.h"
+#include "taken.h"
 
 namespace tokenspeed {
 
@@ -26,18 +27,34 @@ CachedBlock::~CachedBlock() {
   if (pool_) pool_->put_cached(id_);
 }
 
+// Only when everything ends: before that, the ledger keeps them until their tickets land.
+OffloadingBlock::~OffloadingBlock() {
+  if (!pool_) return;
+  pool_->end_copy(id_);
+  pool_->put_free(id_);
+}
+
+LoadingBlock::~LoadingBlock() {
+  if (!pool_) return;
+  pool_->end_copy(id_);
+  pool_->put_free(id_);
+}
+
+bool SealedBlock::indexed() const { return (*pool_)[id_].kind == BlockPool::Kind::kSealed; }
+
 // --- the events ---
 
 WritableBlock on(FreeBlock&& block, Open) {
+  taken<FreeBlock, Open>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
-  pool[block.id_].kind = BlockPool::Kind::kWritable;
-  pool[block.id_].refs = 1;
+  pool[block.id_] = {1, BlockPool::Kind::kWritable};
   return {pool, block.id_};
 }
 
 FullBlock on(WritableBlock&& block, Seal seal) {
+  taken<WritableBlock, Seal>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
-  if (pool.index_insert(seal.hash(), block.id_)) {
+  if (pool.index(seal.hash(), block.id_)) {
     pool[block.id_].kind = BlockPool::Kind::kSealed;
     return SealedBlock(pool, block.id_);
   }
@@ -46,27 +63,90 @@ FullBlock on(WritableBlock&& block, Seal seal) {
 }
 
 SealedBlock on(CachedBlock&& block, Hit) {
+  taken<CachedBlock, Hit>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
-  pool[block.id_].kind = BlockPool::Kind::kSealed;
-  pool[block.id_].refs = 1;
+  pool[block.id_] = {1, BlockPool::Kind::kSealed};
   return {pool, block.id_};
 }
 
 FreeBlock on(CachedBlock&& block, Evict) {
+  taken<CachedBlock, Evict>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
-  pool.index_erase(block.id_);
-  return {pool, block.id_};
+  pool.index_.erase(raw(block.id_));
+  return pool.reserve(block.id_);
 }
 
-FreeBlock on(CachedBlock&& block, Withdraw) { return on(std::move(block), Evict{}); }
+FreeBlock on(CachedBlock&& block, Withdraw) {
+  taken<CachedBlock, Withdraw>();
+  BlockPool& pool = *std::exchange(block.pool_, nullptr);
+  pool.index_.erase(raw(block.id_));
+  return pool.reserve(block.id_);
+}
 
 WithdrawnBlock on(SealedBlock&& block, Withdraw) {
+  taken<SealedBlock, Withdraw>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
   if (pool[block.id_].kind == BlockPool::Kind::kSealed) {  // else another holder was here before
-    pool.index_erase(block.id_);
+    pool.index_.erase(raw(block.id_));
     pool[block.id_].kind = BlockPool::Kind::kWithdrawn;
   }
   return {pool, block.id_};
+}
+
+OffloadingBlock on(CachedBlock&& block, Offload event) {
+  taken<CachedBlock, Offload>();
+  BlockPool& pool = *std::exchange(block.pool_, nullptr);
+  pool[block.id_].kind = BlockPool::Kind::kCopying;
+  return {pool, block.id_, std::move(event.room)};
+}
+
+Offloaded on(OffloadingBlock&& block, Copied) {
+  taken<OffloadingBlock, Copied>();
+  BlockPool& pool = *std::exchange(block.pool_, nullptr);
+  const bool wanted = pool[block.id_].kind == BlockPool::Kind::kCopying;
+  pool.end_copy(block.id_);
+  FreeBlock device = pool.reserve(block.id_);
+  HostPool& host = *block.room_.pool_;
+  if (!wanted || !host.index(pool.hash(block.id_), block.room_.id_)) {
+    return {std::move(device), std::move(block.room_)};
+  }
+  block.room_.pool_ = nullptr;
+  return {std::move(device), HostBlock(host, block.room_.id_)};
+}
+
+BothFree on(OffloadingBlock&& block, CopyFailed) {
+  taken<OffloadingBlock, CopyFailed>();
+  BlockPool& pool = *std::exchange(block.pool_, nullptr);
+  pool.end_copy(block.id_);
+  return {pool.reserve(block.id_), std::move(block.room_)};
+}
+
+LoadingBlock on(HostBlock&& block, Load event) {
+  taken<HostBlock, Load>();
+  BlockPool& pool = *std::exchange(event.room.pool_, nullptr);
+  const BlockId id = event.room.id_;
+  if (!pool.index(block.pool_->hash(block.id_), id)) throw InvariantBroken("a block is loaded that is on the device");
+  pool[id].kind = BlockPool::Kind::kCopying;
+  return {pool, id, std::move(block)};
+}
+
+Loaded on(LoadingBlock&& block, Copied) {
+  taken<LoadingBlock, Copied>();
+  BlockPool& pool = *std::exchange(block.pool_, nullptr);
+  HostPool& host = *std::exchange(block.source_.pool_, nullptr);
+  FreeHostBlock room = host.forget(block.source_.id_);
+  if (pool[block.id_].kind == BlockPool::Kind::kUnwanted) return {pool.reserve(block.id_), std::move(room)};
+  pool[block.id_] = {1, BlockPool::Kind::kSealed};
+  ++pool.gains_;
+  return {SealedBlock(pool, block.id_), std::move(room)};
+}
+
+BothFree on(LoadingBlock&& block, CopyFailed) {
+  taken<LoadingBlock, CopyFailed>();
+  BlockPool& pool = *std::exchange(block.pool_, nullptr);
+  HostPool& host = *std::exchange(block.source_.pool_, nullptr);
+  pool.end_copy(block.id_);
+  return {pool.reserve(block.id_), host.forget(block.source_.id_)};
 }
 
 // --- the pool ---
@@ -74,30 +154,31 @@ WithdrawnBlock on(SealedBlock&& block, Withdraw) {
 BlockPool::BlockPool(std::int32_t num_blocks, std::int32_t block_size)
     : block_size_(block_size),
       blocks_(static_cast<std::size_t>(num_blocks)),
-      index_(std::bit_ceil(2 * static_cast<std::size_t>(num_blocks)), kNone) {
+      index_(num_blocks),
+      cached_(num_blocks) {
   free_.reserve(blocks_.size());
   for (std::int32_t id = num_blocks; id-- > 0;) free_.push_back(BlockId{id});
 }
 
 std::optional<FreeBlock> BlockPool::take() {
-  if (!free_.empty()) {
-    const BlockId id = free_.back();
-    free_.pop_back();
-    return FreeBlock(*this, id);
-  }
-  if (oldest_ == kNone) return std::nullopt;
-  return on(take_cached(BlockId{oldest_}), Evict{});
+  if (std::optional<FreeBlock> block = take_free()) return block;
+  if (num_cached() == 0) return std::nullopt;
+  return on(take_oldest(), Evict{});
 }
 
-void BlockPool::match(std::span<const Hash> hashes, PrefixMatch& match) const {
-  match.blocks.clear();
-  match.num_cached = 0;
-  for (const Hash& hash : hashes) {
-    const std::optional<BlockId> id = find(hash);
-    if (!id) return;
-    match.blocks.push_back(*id);
-    match.num_cached += (*this)[*id].refs == 0;
-  }
+std::optional<FreeBlock> BlockPool::take_free() {
+  if (free_.empty()) return std::nullopt;
+  const BlockId id = free_.back();
+  free_.pop_back();
+  return reserve(id);
+}
+
+BlockPool::Found BlockPool::find(const Hash& hash) const {
+  const std::int32_t id = index_.find(hash);
+  if (id == HashIndex::kNone) return {};
+  const Block& block = (*this)[BlockId{id}];
+  if (block.kind == Kind::kCopying) return {Found::Where::kInTransit, BlockId{id}, true};
+  return {Found::Where::kHere, BlockId{id}, block.refs > 0};
 }
 
 SealedBlock BlockPool::hit(BlockId id) {
@@ -109,29 +190,32 @@ SealedBlock BlockPool::hit(BlockId id) {
 }
 
 void BlockPool::withdraw(const Hash& hash) {
-  const std::optional<BlockId> id = find(hash);
-  if (!id) return;
-  if ((*this)[*id].kind == Kind::kCached) {
-    const FreeBlock freed = on(take_cached(*id), Withdraw{});
+  const Found found = find(hash);
+  if (found.where == Found::Where::kNowhere) return;
+  if (found.where == Found::Where::kInTransit) {
+    index_.erase(raw(found.id));
+    (*this)[found.id].kind = Kind::kUnwanted;
+  } else if (!found.held) {
+    const FreeBlock freed = on(take_cached(found.id), Withdraw{});
   } else {
-    const WithdrawnBlock withdrawn = on(hit(*id), Withdraw{});
+    const WithdrawnBlock withdrawn = on(hit(found.id), Withdraw{});
   }
 }
 
+FreeBlock BlockPool::reserve(BlockId id) {
+  (*this)[id] = {0, Kind::kReserved};
+  return {*this, id};
+}
+
 void BlockPool::put_free(BlockId id) {
-  (*this)[id].kind = Kind::kFree;
+  (*this)[id] = {0, Kind::kFree};
   free_.push_back(id);
   ++gains_;
 }
 
 void BlockPool::put_cached(BlockId id) {
-  Block& block = (*this)[id];
-  block.kind = Kind::kCached;
-  block.previous = newest_;
-  block.next = kNone;
-  (newest_ == kNone ? oldest_ : (*this)[BlockId{newest_}].next) = raw(id);
-  newest_ = raw(id);
-  ++num_cached_;
+  (*this)[id].kind = Kind::kCached;
+  cached_.push(raw(id));
   ++gains_;
 }
 
@@ -146,45 +230,17 @@ void BlockPool::let_go(BlockId id) {
 }
 
 CachedBlock BlockPool::take_cached(BlockId id) {
-  Block& block = (*this)[id];
-  (block.previous == kNone ? oldest_ : (*this)[BlockId{block.previous}].next) = block.next;
-  (block.next == kNone ? newest_ : (*this)[BlockId{block.next}].previous) = block.previous;
-  --num_cached_;
+  cached_.remove(raw(id));
   return {*this, id};
 }
 
-std::optional<BlockId> BlockPool::find(const Hash& hash) const {
-  for (std::size_t at = index_home(hash); index_[at] != kNone; at = (at + 1) & (index_.size() - 1)) {
-    if ((*this)[BlockId{index_[at]}].hash == hash) return BlockId{index_[at]};
-  }
-  return std::nullopt;
+bool BlockPool::index(const Hash& hash, BlockId id) {
+  return index_.insert(hash, raw(id));
 }
 
-bool BlockPool::index_insert(const Hash& hash, BlockId id) {
-  std::size_t at = index_home(hash);
-  for (; index_[at] != kNone; at = (at + 1) & (index_.size() - 1)) {
-    if ((*this)[BlockId{index_[at]}].hash == hash) return false;
-  }
-  index_[at] = raw(id);
-  (*this)[id].hash = hash;
-  ++num_indexed_;
-  ++gains_;
-  return true;
-}
-
-void BlockPool::index_erase(BlockId id) {
-  const std::size_t mask = index_.size() - 1;
-  std::size_t hole = index_home((*this)[id].hash);
-  while (index_[hole] != raw(id)) hole = (hole + 1) & mask;
-  // Close the gap, so that no search stops early: move up every later entry whose home is not past the hole.
-  for (std::size_t at = (hole + 1) & mask; index_[at] != kNone; at = (at + 1) & mask) {
-    const std::size_t home = index_home((*this)[BlockId{index_[at]}].hash);
-    if (((at - home) & mask) < ((at - hole) & mask)) continue;
-    index_[hole] = index_[at];
-    hole = at;
-  }
-  index_[hole] = kNone;
-  --num_indexed_;
+void BlockPool::end_copy(BlockId id) {
+  ++gains_;  // who waited for it need not any more
+  if ((*this)[id].kind == Kind::kCopying) index_.erase(raw(id));
 }
 
 }  // namespace tokenspeed

@@ -9,8 +9,14 @@
 
 namespace tokenspeed {
 
-// A binary heap in the order of priority, then arrival. A preempted request keeps its arrival, so it comes back
-// ahead of those that arrived later. Any member leaves in O(log n); nobody else is touched.
+// Who computes first, of those that wait or prefill: priority, then rank, then arrival.
+inline bool goes_before(const Request& a, const Request& b) {
+  if (a.order.priority != b.order.priority) return a.order.priority < b.order.priority;
+  return a.rank != b.rank ? a.rank < b.rank : a.order.arrival < b.order.arrival;
+}
+
+// A binary heap in this order. A preempted request keeps its rank, so it comes back ahead of those that arrived
+// later. Any member leaves in O(log n); nobody else is touched.
 class WaitingQueue {
  public:
   bool empty() const { return heap_.empty(); }
@@ -18,10 +24,6 @@ class WaitingQueue {
   Request* head() const { return heap_.empty() ? nullptr : heap_.front(); }
   const std::vector<Request*>& heap() const { return heap_; }
   void reserve(std::int32_t requests) { heap_.reserve(static_cast<std::size_t>(requests)); }
-
-  static bool before(const Request& a, const Request& b) {
-    return a.priority != b.priority ? a.priority < b.priority : a.arrival < b.arrival;
-  }
 
   void push(Request& request) {
     heap_.push_back(&request);
@@ -46,7 +48,7 @@ class WaitingQueue {
 
   void rise(std::size_t place) {
     Request* request = heap_[place];
-    while (place > 0 && before(*request, *heap_[(place - 1) / 2])) {
+    while (place > 0 && goes_before(*request, *heap_[(place - 1) / 2])) {
       put(place, heap_[(place - 1) / 2]);
       place = (place - 1) / 2;
     }
@@ -56,8 +58,8 @@ class WaitingQueue {
   void sink(std::size_t place) {
     Request* request = heap_[place];
     for (std::size_t child; (child = 2 * place + 1) < heap_.size(); place = child) {
-      if (child + 1 < heap_.size() && before(*heap_[child + 1], *heap_[child])) ++child;
-      if (!before(*heap_[child], *request)) break;
+      if (child + 1 < heap_.size() && goes_before(*heap_[child + 1], *heap_[child])) ++child;
+      if (!goes_before(*heap_[child], *request)) break;
       put(place, heap_[child]);
     }
     put(place, request);
@@ -66,12 +68,20 @@ class WaitingQueue {
   std::vector<Request*> heap_;
 };
 
-// The requests that are Prefilling or Decoding, in the order of their admission.
+// The requests that are Fetching, Prefilling or Decoding, in the order of their admission.
 class RunningList {
  public:
   Request* first() const { return first_; }
   Request* last() const { return last_; }
   std::int32_t size() const { return size_; }
+  // Who gives way when memory is short. O(n); there must be one.
+  Request& last_in_order() const {
+    Request* last = first_;
+    for (Request* request = first_; request; request = request->next) {
+      if (request->order > last->order) last = request;
+    }
+    return *last;
+  }
 
   void push(Request& request) {
     request.previous = last_;

@@ -1,16 +1,16 @@
-// The states of a request, each a move-only type that owns exactly what the request may use in it.
+// The states of a request, each a move-only type that owns exactly what the request may use in it. The table of
+// legal pairs of state and event is transitions.inc; docs/states.md draws it.
 //
-//   state       owns                                      leaves by
-//   Waiting     tokens and their block hashes             Admit → Prefilling; Finish, Abort → Finished
-//   Prefilling  + slot, block table                       Compute → Prefilling or Decoding; Preempt → Retracting;
-//                                                         Finish, Abort → Draining
-//   Decoding    + slot, block table                       Preempt → Retracting; Finish, Abort → Draining
-//   Retracting  + slot, block table, last launched step   Land → Waiting; Finish, Abort → Draining
-//   Draining    slot, block table, last launched step     Land → Finished
+//   state       owns
+//   Waiting     tokens and their block hashes
+//   Fetching    + slot, the blocks of its prefix as they arrive from the host, room for the others
+//   Prefilling  + slot, block table
+//   Decoding    + slot, block table
+//   Retracting  + slot, block table, last launched step
+//   Draining    slot, block table, last launched step
 //   Finished    nothing
 //
-// Events that keep the state take it by reference: Grow and Compute (Decoding); Fill (Prefilling, Decoding,
-// Retracting); Append (Decoding, Retracting).
+// Events that keep the state take it by reference.
 //
 // Members are private and the transitions are the only friends, so nothing leaves a state but by an event, and a
 // slot or block that a launched step may still touch leaves only Draining or Retracting, by a landing that covers
@@ -20,10 +20,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "block_table.h"
+#include "copies.h"
+#include "policy.h"
 #include "sequence.h"
 #include "slots.h"
 #include "steps.h"
@@ -32,6 +36,7 @@
 namespace tokenspeed {
 
 class Waiting;
+class Fetching;
 class Prefilling;
 class Decoding;
 class Retracting;
@@ -46,6 +51,37 @@ struct Admit {
   BlockTable table;
   std::int32_t num_hits;  // blocks
 };
+// A block of the prefix of a fetching request: here, on the host, on its way under a ticket, or lost.
+struct Lost {};
+using PrefixBlock = std::variant<SealedBlock, HostBlock, TicketId, Lost>;
+// A waiting request whose prefix lies partly on the host gets a slot, and room for all blocks that are not here.
+struct Fetch {
+  Slot slot;
+  std::vector<PrefixBlock> prefix;
+  std::vector<FreeBlock> room;
+  BlockTable table;  // empty
+};
+// One block of the prefix leaves the host: it takes one of the request's free blocks along.
+struct Send {
+  std::int32_t place;
+};
+// The copy is under way under this ticket.
+struct Await {
+  std::int32_t place;
+  TicketId ticket;
+};
+// A block of the prefix is here.
+struct Arrive {
+  std::int32_t place;
+  SealedBlock block;
+};
+// A block of the prefix will not come; what was to hold it is room again.
+struct Lose {
+  std::int32_t place;
+  std::optional<FreeBlock> room;
+};
+// It would begin with what has arrived, if nothing is on its way any more.
+struct Start {};
 // A launched step computes the next `count` positions.
 struct Compute {
   StepId step;
@@ -134,9 +170,63 @@ class [[nodiscard]] Waiting {
 
  private:
   friend Prefilling on(Waiting&&, Admit);
+  friend Fetching on(Waiting&&, Fetch);
   friend Finished on(Waiting&&, Finish);
   friend Finished on(Waiting&&, Abort);
   std::unique_ptr<Sequence> sequence_;
+};
+
+// No launched step touches it, so it can leave at any time; copies that are under way then land for nobody.
+class [[nodiscard]] Fetching {
+ public:
+  Fetching(Fetching&&) noexcept = default;
+  // The tail first: see BlockTable.
+  ~Fetching() {
+    while (!prefix_.empty()) prefix_.pop_back();
+  }
+  const Sequence& sequence() const { return *sequence_; }
+  SlotId slot() const { return slot_.id(); }
+  std::span<const PrefixBlock> prefix() const { return prefix_; }
+  std::span<const FreeBlock> room() const { return room_; }
+  // Blocks before this one are sent, here or lost.
+  std::int32_t next_to_send() const { return next_to_send_; }
+  bool complete() const { return num_here_or_lost_ == prefix_.size(); }
+
+ private:
+  Fetching(std::unique_ptr<Sequence>&& sequence, Fetch&& event)
+      : sequence_(std::move(sequence)),
+        slot_(std::move(event.slot)),
+        prefix_(std::move(event.prefix)),
+        room_(std::move(event.room)),
+        table_(std::move(event.table)) {
+    for (const PrefixBlock& block : prefix_) num_here_or_lost_ += std::holds_alternative<SealedBlock>(block);
+    skip_sent();
+  }
+  friend Fetching on(Waiting&&, Fetch);
+  friend LoadingBlock on(Fetching&, Send);
+  friend void on(Fetching&, Await);
+  friend void on(Fetching&, Arrive);
+  friend void on(Fetching&, Lose);
+  friend std::variant<Fetching, Prefilling, Waiting> on(Fetching&&, Start);
+  friend Waiting on(Fetching&&, Preempt);
+  friend Finished on(Fetching&&, Finish);
+  friend Finished on(Fetching&&, Abort);
+
+  PrefixBlock& at(std::int32_t place) { return prefix_[static_cast<std::size_t>(place)]; }
+  void skip_sent() {
+    while (static_cast<std::size_t>(next_to_send_) < prefix_.size() &&
+           !std::holds_alternative<HostBlock>(at(next_to_send_))) {
+      ++next_to_send_;
+    }
+  }
+
+  std::unique_ptr<Sequence> sequence_;
+  Slot slot_;
+  std::vector<PrefixBlock> prefix_;
+  std::vector<FreeBlock> room_;
+  BlockTable table_;
+  std::size_t num_here_or_lost_ = 0;
+  std::int32_t next_to_send_ = 0;
 };
 
 class [[nodiscard]] Prefilling : public Running {
@@ -148,6 +238,7 @@ class [[nodiscard]] Prefilling : public Running {
   Prefilling(std::unique_ptr<Sequence>&& sequence, Slot&& slot, BlockTable&& table, std::int32_t computed)
       : Running(std::move(sequence), std::move(slot), std::move(table), computed) {}
   friend Prefilling on(Waiting&&, Admit);
+  friend std::variant<Fetching, Prefilling, Waiting> on(Fetching&&, Start);
   friend std::variant<Prefilling, Decoding> on(Prefilling&&, Compute);
   friend void on(Prefilling&, Fill);
   friend Retracting on(Prefilling&&, Preempt);
@@ -213,25 +304,36 @@ class [[nodiscard]] Finished {
   Finished() = default;
   friend Finished on(Waiting&&, Finish);
   friend Finished on(Waiting&&, Abort);
+  friend Finished on(Fetching&&, Finish);
+  friend Finished on(Fetching&&, Abort);
   friend std::variant<Draining, Finished> on(Draining&&, Land);
 };
 
-using RequestState = std::variant<Waiting, Prefilling, Decoding, Retracting, Draining, Finished>;
+using RequestState = std::variant<Waiting, Fetching, Prefilling, Decoding, Retracting, Draining, Finished>;
+
+struct Session;
 
 // One request: who it is, its place in the scheduler's lists, and its state.
 struct Request {
-  Request(RequestId id, std::int32_t priority, std::uint64_t arrival, Waiting&& waiting)
-      : id(id), priority(priority), arrival(arrival), state(std::move(waiting)) {}
-
   const RequestId id;
-  const std::int32_t priority;  // lower goes first
-  const std::uint64_t arrival;
+  const Order order;
+  const double floor;    // tokens per second, 0: none
+  const bool promised;   // the floor is a promise
+  const double arrived;  // seconds, on the clock of the plans
+  const double patience;  // seconds that a token of it may be overtaken
+  std::int32_t uncached;  // tokens, when it was submitted
+  Session* session;       // null: none, or it has left it
+  RequestState state;
+
+  double rank = 0;                  // among those that wait or prefill: the lowest goes first
   std::uint64_t admission = 0;      // order among the running ones
   std::int32_t cached_tokens = -1;  // prompt tokens that were hits when it was first admitted, −1: not yet
-  std::int32_t queue_place = -1;    // in the waiting queue, −1: not in it
+  std::int32_t queue_place = -1;    // in a waiting queue, −1: not in one
+  bool outside = false;             // in the queue of those whose session is not resident
   Request* previous = nullptr;      // in the running list
   Request* next = nullptr;
-  RequestState state;
+
+  void rank_by(std::int32_t tokens) { rank = arrived + patience * tokens; }
 };
 
 }  // namespace tokenspeed

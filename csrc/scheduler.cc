@@ -4,19 +4,43 @@
 #include <limits>
 
 #include "transitions.h"
+#include "proofs.h"
 
 namespace tokenspeed {
 
-Scheduler::Scheduler(const Limits& limits, bool prefix_caching, HashKey key)
+namespace {
+
+const Sequence* sequence_in(const Request& request) {
+  return std::visit(Overloaded{
+                        [](const Waiting& state) { return &state.sequence(); },
+                        [](const Fetching& state) { return &state.sequence(); },
+                        [](const Running& state) { return &state.sequence(); },
+                        [](const Draining&) -> const Sequence* { return nullptr; },
+                        [](const Finished&) -> const Sequence* { return nullptr; },
+                    },
+                    request.state);
+}
+
+}  // namespace
+
+Scheduler::Scheduler(const Limits& limits, const PolicySettings& policy, bool prefix_caching, HashKey key)
     : limits_(limits),
+      policy_(policy),
       max_length_(static_cast<std::int32_t>(std::min<std::int64_t>(
           limits.max_model_len,
           static_cast<std::int64_t>(std::min(limits.num_blocks, limits.max_blocks)) * limits.block_size))),
       hasher_(prefix_caching ? std::optional<ChainHasher>(key) : std::nullopt),
       pool_(limits.num_blocks, limits.block_size),
+      host_(limits.num_host_blocks),
       slots_(limits.max_rows),
-      now_(-std::numeric_limits<double>::infinity()) {
-  waiting_.reserve(limits.max_queued + limits.max_rows);
+      sessions_(session_capacity(limits.num_blocks + limits.num_host_blocks)),
+      now_(-std::numeric_limits<double>::infinity()),
+      next_turnover_(now_),
+      last_launch_(now_) {
+  ready_.reserve(limits.max_queued + limits.max_rows);
+  outside_.reserve(limits.max_queued + limits.max_rows);
+  prefilling_.reserve(static_cast<std::size_t>(limits.max_rows));
+  fetching_.reserve(static_cast<std::size_t>(limits.max_rows));
   outputs_.reserve(static_cast<std::size_t>(limits.max_rows));
 }
 
@@ -28,18 +52,79 @@ Refusal Scheduler::submit(const Submission& s) {
   if (length >= limits_.max_model_len) return Refusal::kTooLong;
   if (length >= max_length_) return Refusal::kTooLongForCache;
   if (std::ranges::any_of(s.prompt, is_bad) || std::ranges::any_of(s.stop_ids, is_bad)) return Refusal::kBadToken;
-  if (waiting_.size() >= limits_.max_queued) return Refusal::kQueueFull;
+
+  const double now = std::max(now_, s.now);
+  const std::int32_t waiting = ready_.size() + outside_.size();
+  // There is a place in the queue, or among the streams, when the next one departs.
+  if (requests_.empty()) departures_.begin(now);
+  retry_after_ = std::clamp(departures_.interval(now).value_or(0), 1.0, kLongestRetry);
+  if (waiting >= limits_.max_queued) return Refusal::kQueueFull;
+  const double floor = s.tps_floor < 0 ? policy_.tps_floor : s.tps_floor;
+  const bool promised = floor > 0 && (s.tps_floor > 0 || policy_.floor_is_promise);
+  const auto known = static_cast<std::int32_t>(length);
+  // What is refused is never observed: a model that was wrong must get a chance to learn it.
+  const bool fresh = promises_.count() > 0 || now - last_launch_ < kStale;
+  if (fresh && promised && !pace_.reaches(known, floor)) return Refusal::kFloorOutOfReach;
+  if (fresh && breaks_a_promise(promised ? floor : 0, known)) return Refusal::kFloor;
 
   const std::int64_t wanted = s.max_tokens < 0 ? max_length_ : length + s.max_tokens;
   StopRule rule{static_cast<std::int32_t>(std::min<std::int64_t>(wanted, max_length_)), s.min_tokens,
                 {s.stop_ids.begin(), s.stop_ids.end()}};
   auto sequence = std::make_unique<Sequence>(s.prompt, std::move(rule), hasher_ ? &*hasher_ : nullptr, s.salt,
                                              limits_.block_size, s.reuse_prefix);
-  auto request = std::make_unique<Request>(s.id, s.priority, arrivals_++, Waiting(std::move(sequence)));
-  waiting_.push(*request);
-  requests_.emplace(s.id, std::move(request));
+  const bool in_session = policy_.footprints && !sequence->matchable().empty();
+  if (in_session) {
+    const std::optional<double> wait = wait_for_room(now);
+    if (wait && *wait > policy_.max_queue_seconds && !sessions_.is_resident(s.session, sequence->hashes())) {
+      retry_after_ = std::min(*wait, kLongestRetry);
+      return Refusal::kNoRoom;
+    }
+  }
+  match_prefix(pool_, host_, sequence->matchable(), match_);
+  const std::int32_t uncached = known - match_.size() * limits_.block_size;
+  const std::span<const Hash> hashes = sequence->hashes();
+  auto owned = std::make_unique<Request>(s.id, Order{s.priority, arrivals_}, floor, promised, now,
+                                         kPatience * pace_.model.seconds_per_prompt_token(), uncached, nullptr,
+                                         Waiting(std::move(sequence)));
+  Request& request = *owned;
+  request.rank_by(uncached);
+  // Whatever may want for memory comes first, so that nothing has changed when it fails.
+  promises_.add(known, promised ? floor : 0);
+  try {
+    requests_.emplace(s.id, std::move(owned));
+    if (in_session) request.session = &sessions_.arrive(s.session, hashes, ceil_div(known + 1, limits_.block_size));
+  } catch (...) {
+    promises_.remove(known, promised ? floor : 0);
+    requests_.erase(s.id);
+    throw;
+  }
+  ++arrivals_;
+  enqueue(request);
+  settle_sessions(now);  // so that those who wait outside do so for want of room
+  if (request.outside && outside_.size() == 1) settlements_.begin(now);
   return Refusal::kNone;
 }
+
+bool Scheduler::breaks_a_promise(double floor, std::int32_t known) const {
+  const Work streams = promises_.streams(known, limits_.max_rows);
+  floor = std::max(floor, promises_.tightest(pace_));
+  return floor > 0 && !pace_.carries(streams, floor);
+}
+
+// How long a session would wait behind those that wait already. Nothing: nobody waits, or it cannot be said.
+std::optional<double> Scheduler::wait_for_room(double now) const {
+  const std::optional<double> interval = settlements_.interval(now);
+  if (outside_.empty() || !interval) return std::nullopt;
+  return *interval * (outside_.size() + 1);
+}
+
+void Scheduler::enqueue(Request& request) {
+  request.outside = request.session && !request.session->resident;
+  (request.outside ? outside_ : ready_).push(request);
+  if (request.outside) looked_outside_ = UINT64_MAX;
+}
+
+void Scheduler::leave_queue(Request& request) { (request.outside ? outside_ : ready_).remove(request); }
 
 // --- ends ---
 
@@ -60,9 +145,15 @@ bool Scheduler::finish(RequestId id, std::int32_t num_tokens) {
 
 template <class Event>
 bool Scheduler::end(Request& request) {
+  if (const Sequence* sequence = sequence_in(request)) depart(request, sequence->known());
   return std::visit(Overloaded{
                         [&](Waiting& state) {
-                          waiting_.remove(request);
+                          leave_queue(request);
+                          request.state.emplace<Finished>(on(std::move(state), Event{}));
+                          return true;
+                        },
+                        [&](Fetching& state) {
+                          stop_running(request, state);
                           request.state.emplace<Finished>(on(std::move(state), Event{}));
                           return true;
                         },
@@ -81,9 +172,27 @@ bool Scheduler::end(Request& request) {
                     request.state);
 }
 
+// The request has ended: what others judge by it, apart from its memory, ends too.
+void Scheduler::depart(Request& request, std::int32_t known) {
+  const double now = std::max(now_, request.arrived);  // it may have come after the last plan
+  departures_.note(now);
+  promises_.remove(known, request.promised ? request.floor : 0);
+  if (request.session) sessions_.leave(*request.session, ceil_div(known, limits_.block_size), now);
+  request.session = nullptr;
+}
+
+// Its copies land for nobody from now on.
+void Scheduler::stop_running(Request& request, const Fetching& state) {
+  running_.remove(request);
+  std::erase(fetching_, &request);
+  for (const PrefixBlock& block : state.prefix()) {
+    if (const auto* ticket = std::get_if<TicketId>(&block)) copies_.disown(*ticket);
+  }
+}
+
 void Scheduler::stop_running(Request& request, const Prefilling&) {
   running_.remove(request);
-  --num_prefilling_;
+  std::erase(prefilling_, &request);
   ++num_draining_;
 }
 
@@ -115,7 +224,7 @@ void Scheduler::retract(Request& request, Retracting&& retracting) {
                  [&](Waiting& state) {
                    request.state.emplace<Waiting>(std::move(state));
                    --num_draining_;
-                   waiting_.push(request);
+                   enqueue(request);
                  },
              },
              next);
@@ -123,7 +232,8 @@ void Scheduler::retract(Request& request, Retracting&& retracting) {
 
 // --- commit ---
 
-Misuse Scheduler::commit(std::int64_t step, std::span<const TokenId> tokens, std::span<const std::int32_t> counts) {
+Misuse Scheduler::commit(std::int64_t step, std::span<const TokenId> tokens, std::span<const std::int32_t> counts,
+                         double seconds) {
   if (steps_.in_flight() == 0 || step != raw(steps_.oldest_in_flight())) return Misuse::kNoSuchStep;
   const auto samples = std::ranges::count_if(steps_.oldest_rows(), [](const Row& row) { return row.sample_index >= 0; });
   if (std::cmp_not_equal(tokens.size(), samples) || std::cmp_not_equal(counts.size(), samples)) {
@@ -135,8 +245,10 @@ Misuse Scheduler::commit(std::int64_t step, std::span<const TokenId> tokens, std
   }
 
   outputs_.clear();
+  if (seconds > 0) pace_.model.observe(steps_.oldest_work(), seconds);
   const LandedStep landed = steps_.land();
   for (const Row& row : landed.rows()) {
+    if (row.count > 1) blocked_ = {};  // of a prompt: who waits may want to compute the same
     const TokenId token = row.sample_index < 0 ? kOnDevice : tokens[static_cast<std::size_t>(row.sample_index)];
     const RequestId id = row.request->id;
     if (land(*row.request, landed, row, token)) requests_.erase(id);
@@ -153,16 +265,21 @@ bool Scheduler::land(Request& request, const LandedStep& step, const Row& row, T
           },
           [&](Decoding& state) {
             if (!take_row(request, state, step, row, token)) return false;
+            depart(request, state.sequence().known());
             stop_running(request, state);
             return drain(request, on(std::move(state), Finish{}));
           },
           [&](Retracting& state) {
-            if (take_row(request, state, step, row, token)) return drain(request, on(std::move(state), Finish{}));
+            if (take_row(request, state, step, row, token)) {
+              depart(request, state.sequence().known());
+              return drain(request, on(std::move(state), Finish{}));
+            }
             retract(request, std::move(state));
             return false;
           },
           [&](Draining& state) { return drain(request, std::move(state)); },
           [](Waiting&) -> bool { throw InvariantBroken("a step landed for a request that waits"); },
+          [](Fetching&) -> bool { throw InvariantBroken("a step landed for a request that computes nothing yet"); },
           [](Finished&) -> bool { throw InvariantBroken("a step landed for a request that has finished"); },
       },
       request.state);
@@ -178,17 +295,42 @@ std::optional<Ending> Scheduler::take_row(Request& request, State& state, const 
   std::optional<Ending> ending;
   const bool failed = token == kNotFinite;
   if (failed) {
-    for (const Hash& hash : state.sequence().written()) pool_.withdraw(hash);
+    for (const Hash& hash : state.sequence().written()) {
+      pool_.withdraw(hash);
+      host_.withdraw(hash);
+    }
     ending = Ending{FinishReason::kError, -1};
   } else {
     on(state, Fill{step.filled(row)});
     ending = on(state, Append{token});
     ++counters_.generated_tokens;
+    promises_.grow();
   }
   outputs_.push_back({request.id, row.sample_index, token, failed ? 0 : 1,
                       ending ? ending->reason : FinishReason::kNone, ending ? ending->stop_id : -1,
                       request.cached_tokens});
   return ending;
+}
+
+Misuse Scheduler::land_copies(std::span<const std::int32_t> landed, std::span<const std::int32_t> failed) {
+  std::vector<std::int32_t> tickets(landed.begin(), landed.end());
+  tickets.insert(tickets.end(), failed.begin(), failed.end());
+  std::ranges::sort(tickets);
+  const bool known = std::ranges::all_of(tickets, [this](std::int32_t ticket) { return copies_.knows(ticket); });
+  if (!known || std::ranges::adjacent_find(tickets) != tickets.end()) return Misuse::kNoSuchTicket;
+
+  const auto arrive = [](Arrival&& arrival) {
+    auto& state = std::get<Fetching>(arrival.for_whom.request->state);
+    const std::int32_t place = arrival.for_whom.place;
+    std::visit(Overloaded{
+                   [&](SealedBlock& block) { on(state, Arrive{place, std::move(block)}); },
+                   [&](FreeBlock& block) { on(state, Lose{place, std::move(block)}); },
+               },
+               arrival.block);
+  };
+  for (const std::int32_t ticket : landed) copies_.land(TicketId{ticket}, false, arrive);
+  for (const std::int32_t ticket : failed) copies_.land(TicketId{ticket}, true, arrive);
+  return Misuse::kNone;
 }
 
 // --- looking in ---
@@ -200,14 +342,7 @@ Request* Scheduler::find(RequestId id) const {
 
 const Sequence* Scheduler::sequence_of(RequestId id) const {
   const Request* request = find(id);
-  if (!request) return nullptr;
-  return std::visit(Overloaded{
-                        [](const Waiting& state) { return &state.sequence(); },
-                        [](const Running& state) { return &state.sequence(); },
-                        [](const Draining&) -> const Sequence* { return nullptr; },
-                        [](const Finished&) -> const Sequence* { return nullptr; },
-                    },
-                    request->state);
+  return request ? sequence_in(*request) : nullptr;
 }
 
 std::optional<std::int32_t> Scheduler::cached_tokens(RequestId id) const {
@@ -220,11 +355,15 @@ std::optional<std::int32_t> Scheduler::cached_tokens(RequestId id) const {
 Counters Scheduler::counters() const {
   Counters now = counters_;
   now.running = running_.size();
-  now.waiting = waiting_.size();
+  now.waiting = ready_.size() + outside_.size();
   now.draining = num_draining_;
   now.blocks_free = pool_.num_free();
   now.blocks_cached = pool_.num_cached();
   now.blocks_used = pool_.num_used();
+  now.host_blocks_used = host_.num_blocks() - host_.num_free();
+  now.copies_in_flight = copies_.in_flight();
+  now.sessions_resident = sessions_.num_resident();
+  now.sessions_waiting = outside_.size();
   return now;
 }
 

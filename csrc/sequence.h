@@ -32,16 +32,18 @@ class Sequence {
   // but its blocks are hashed, because others may reuse them.
   Sequence(std::span<const TokenId> prompt, StopRule rule, const ChainHasher* hasher, std::span<const std::byte> salt,
            std::int32_t block_size, bool reuse_prefix)
-      : tokens_(prompt.begin(), prompt.end()),
-        rule_(std::move(rule)),
+      : rule_(std::move(rule)),
         hasher_(hasher),
         block_size_(static_cast<std::size_t>(block_size)),
         prompt_length_(static_cast<std::int32_t>(prompt.size())),
         reuse_prefix_(reuse_prefix) {
     std::ranges::sort(rule_.stop_ids);
+    // Room for all that may come, so that a step allocates nothing; pages that are never written cost nothing.
+    tokens_.reserve(static_cast<std::size_t>(rule_.max_length));
+    tokens_.insert(tokens_.end(), prompt.begin(), prompt.end());
     if (!hasher_) return;
     root_ = hasher_->root(salt);
-    hashes_.reserve(tokens_.size() / block_size_ + 1);
+    hashes_.reserve(static_cast<std::size_t>(rule_.max_length) / block_size_);
     while ((hashes_.size() + 1) * block_size_ <= tokens_.size()) hash_next_block();
   }
 

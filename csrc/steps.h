@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "step_time.h"
 #include "types.h"
 
 namespace tokenspeed {
@@ -71,9 +72,13 @@ class StepLedger {
     rows.clear();
     return rows;
   }
-  StepId launch() { return StepId{++launched_}; }
+  StepId launch(const Work& work) {
+    work_of(launched_ + 1) = work;
+    return StepId{++launched_};
+  }
   // The rows of the oldest launched step, which must exist.
   const std::vector<Row>& oldest_rows() const { return rows_of(landed_ + 1); }
+  const Work& oldest_work() const { return work_[static_cast<std::size_t>(landed_ + 1) % work_.size()]; }
   template <class Visit>
   void for_each_in_flight(Visit visit) const {
     for (std::int64_t step = landed_ + 1; step <= launched_; ++step) {
@@ -87,7 +92,10 @@ class StepLedger {
 
   const std::vector<Row>& rows_of(std::int64_t step) const { return rows_[static_cast<std::size_t>(step) % rows_.size()]; }
 
+  Work& work_of(std::int64_t step) { return work_[static_cast<std::size_t>(step) % work_.size()]; }
+
   std::array<std::vector<Row>, kMaxInFlight + 1> rows_;
+  std::array<Work, kMaxInFlight + 1> work_;
   std::int64_t launched_ = 0;
   std::int64_t landed_ = 0;
 };

@@ -13,10 +13,14 @@ using TokenId = std::int32_t;
 
 // Ids of different kinds do not convert into each other.
 enum class BlockId : std::int32_t {};
+enum class HostId : std::int32_t {};    // a block's place in host memory
+enum class TicketId : std::int32_t {};  // of a copy between the two
 enum class SlotId : std::int32_t {};
 enum class StepId : std::int64_t {};
 
 constexpr std::int32_t raw(BlockId id) { return static_cast<std::int32_t>(id); }
+constexpr std::int32_t raw(HostId id) { return static_cast<std::int32_t>(id); }
+constexpr std::int32_t raw(TicketId id) { return static_cast<std::int32_t>(id); }
 constexpr std::int32_t raw(SlotId id) { return static_cast<std::int32_t>(id); }
 constexpr std::int64_t raw(StepId id) { return static_cast<std::int64_t>(id); }
 
@@ -37,6 +41,9 @@ enum class Refusal : std::int32_t {
   kEmpty = 4,
   kDuplicateId = 5,
   kBadToken = 6,
+  kFloor = 7,
+  kNoRoom = 8,
+  kFloorOutOfReach = 9,
 };
 
 // What the caller did wrong with a step. Nothing has changed when one of these is returned.
@@ -47,6 +54,7 @@ enum class Misuse : std::int32_t {
   kNoSuchStep = 3,
   kWrongShape = 4,
   kBadResult = 5,
+  kNoSuchTicket = 6,
 };
 
 // The largest batch, as in tokenspeed.batch.BatchLimits, and the sizes of what is shared out.
@@ -59,6 +67,8 @@ struct Limits {
   std::int32_t max_deltas;  // of one step
   std::int32_t max_model_len;
   std::int32_t max_queued;
+  std::int32_t num_host_blocks;  // of the second tier, 0: there is none
+  std::int32_t max_copies;       // of one step, between the tiers
 };
 
 // The control plane found its own state inconsistent: the process must end, never continue.

@@ -6,6 +6,8 @@ positions. Activations are of `target.dtype` on the target's device. Tokens may 
 the first dimension), so slices of a fused projection need no copy; the last dimension is contiguous.
 The caches are [blocks, block_size, Hk, D], contiguous. Block tables and lengths are int32, token ids,
 positions and slots int64. Results are new tensors unless an op says that it works in place.
+
+All ops are on this one long page, a protocol and a function each, because it is the only face of the package.
 """
 
 from __future__ import annotations
@@ -14,35 +16,62 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MoeWeights
 from tokenspeed.kernels.registry import KernelError, Target
+from tokenspeed.kernels.sampler_state import SamplerState
 from tokenspeed.kernels.selection import select
+from tokenspeed.kernels.slot_state import DecodeInputs, DecodeRows, SlotState
 
 __all__ = [
+    "CacheRows",
+    "DecodeInputs",
+    "DecodeInputsOp",
+    "DecodeRows",
+    "Edge",
     "Embedding",
+    "GqaBlockDecode",
+    "GqaWeights",
     "KVStore",
     "KernelError",
     "Linear",
+    "LmHeadSample",
     "MhaDecode",
     "MhaPrefill",
+    "MlaBlockDecode",
     "MlaDecode",
     "MlaPrefill",
+    "MlaWeights",
+    "MoeBlockDecode",
     "MoeExperts",
     "MoeRoute",
+    "MoeWeights",
+    "Quantise",
     "RmsNorm",
     "Rotary",
+    "Sample",
+    "SamplerState",
     "SiluMul",
+    "SlotState",
     "Target",
+    "decode_inputs",
     "embedding",
+    "gqa_block_decode",
     "kv_store",
     "linear",
+    "lm_head",
+    "lm_head_sample",
     "mha_decode",
     "mha_prefill",
+    "mla_block_decode",
     "mla_decode",
     "mla_prefill",
+    "moe_block_decode",
     "moe_experts",
     "moe_route",
+    "quantise",
     "rms_norm",
     "rotary",
+    "sample",
     "silu_mul",
 ]
 
@@ -50,6 +79,14 @@ __all__ = [
 class Linear(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, /) -> Tensor:
         """x [T,K], weight [N,K], bias [N] → x · weightᵀ + bias [T,N], summed in float32."""
+
+
+class LmHead(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, /) -> Tensor:
+        """x [S,H], weight [V,H] → logits x · weightᵀ [S,V] in float32: sums that were never rounded to the type of x.
+
+        Among bfloat16 logits of 20 lie 0.125 apart: two tokens become equal that are not.
+        """
 
 
 class RmsNorm(Protocol):
@@ -82,7 +119,8 @@ class KVStore(Protocol):
     def __call__(self, tensors: tuple[Tensor, ...], caches: tuple[Tensor, ...], kv_slots: Tensor, /) -> None:
         """Write token t of each tensor [T,...] to its cache [blocks, block_size, ...] at kv_slots[t].
 
-        A slot is block × block_size + offset. The slots of one call are distinct.
+        A slot is block × block_size + offset, or −1 for a token that is not stored, the padding of a captured
+        step. The slots of one call are distinct otherwise.
         """
 
 
@@ -203,9 +241,105 @@ class Embedding(Protocol):
         """ids [T], table [V,H] → table[ids] [T,H]."""
 
 
+class DecodeInputsOp(Protocol):
+    def __call__(self, rows: DecodeRows, state: SlotState, faults: Tensor, block_size: int, /) -> DecodeInputs:
+        """What a decode step's R rows read and write, from the plan and the tables of their slots.
+
+        A row's position is its slot's length, or what the plan says while that is −1; the length grows by the
+        row's new token. `faults` [R] int32 gets what is wrong with each row: `DISAGREES`, `NO_BLOCK`. Rows with no
+        new token are padding: of a slot of length 0 they have length 0 and store nothing. Slots are distinct
+        otherwise.
+        """
+
+
+class Sample(Protocol):
+    def __call__(self, logits: Tensor, slots: Tensor, state: SamplerState, /) -> Tensor:
+        """logits [S,V] float32, overwritten, slots [S] int32 → tokens [S] int32; nothing waits for the host.
+
+        Row s samples for slot `slots[s]` as `state` says; the slots of one call are distinct, −1 aside: such a
+        row is padding, gives −1 and changes nothing. The token will stand at position `state.length[slot]`.
+        Logits that hold NaN or +inf or are all −inf, and edits that leave no token, give −1.
+
+        1. Rows with EDITS: + bias; then repetition over what was seen (x > 0: x / penalty, else x · penalty),
+           − frequency · count − presence · [count > 0]; then stop ids before `min_length` are −inf. Rows with MASKED:
+           what has no bit in the slot's mask is −inf.
+        2. Rows without RANDOM: the most likely token, of equals the lowest id.
+        3. Else p = exp((x − max) / temperature), cut by min_p, then top_k (0 is off), then top_p, each of which
+           keeps every token as likely as the last one kept; the token is the first, in vocabulary order, whose
+           cumulative probability exceeds the uniform number of (seed, position): the upper 53 bits of the
+           (position + 1)-th output of SplitMix64 started at mix(seed) (Steele, Lea and Flood, 2014).
+
+        `state.last_token[slot]` becomes the token, or 0 for −1. Rows with HISTORY count it in `state.seen`.
+        """
+
+
+class Quantise(Protocol):
+    def __call__(self, x: Tensor, /) -> tuple[Tensor, Tensor]:
+        """x [T,H] → (values [T,H], scales [T, ⌈H / block⌉] float32): x ≈ values · scale of their block.
+
+        Values are float8_e4m3fn (form "fp8", as DeepSeek V3 quantises activations) or int8, rounded to the nearest,
+        of equals the even one. A block's scale is its largest magnitude / 448 or / 127; of a block of zeros it is 0.
+        """
+
+
+class GqaBlockDecode(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        edge: Edge | None,
+        weights: GqaWeights,
+        eps: float,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rows: CacheRows,
+        scale: float,
+        /,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of a decode step's R rows, one token each: x [R,H] → (y [R,H], residual [R,H] or None).
+
+        With an edge, x + its residual is what is normed and what comes back as residual; without, x is normed
+        already. Then: projection to q, k and v; the norms on their heads (`eps`) where there are gains; rotation;
+        KV into the cache; attention; projection back. y is the block's own contribution, not yet added.
+        """
+
+
+class MlaBlockDecode(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        edge: Edge | None,
+        weights: MlaWeights,
+        eps: float,
+        kv_cache: Tensor,
+        rows: CacheRows,
+        scale: float,
+        /,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `GqaBlockDecode`, latent attention: down to the latents, their norms (`eps`), up to the queries, rotation,
+        latent and rotated key into the cache, absorbed attention, value projection, projection back."""
+
+
+class MoeBlockDecode(Protocol):
+    def __call__(
+        self, x: Tensor, edge: Edge | None, weights: MoeWeights, scale: float, num_tokens: Tensor | None = None, /
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [T,H] → (y [T,H], residual or None), the edge as in `GqaBlockDecode`: scores of the normed x in float32,
+        routing as `MoeRoute` says, the experts' sum."""
+
+
+class LmHeadSample(Protocol):
+    def __call__(self, x: Tensor, edge: Edge | None, weight: Tensor, slots: Tensor, state: SamplerState, /) -> Tensor:
+        """x [S,H], weight [V,H] → tokens [S] int32: the last norm (the edge), logits in float32, then `Sample`."""
+
+
 def linear(target: Target) -> Linear:
     """Matrix product with a weight stored as [out, in]."""
     return select("linear", target)
+
+
+def lm_head(target: Target) -> LmHead:
+    """Logits of hidden states."""
+    return select("lm_head", target)
 
 
 def rms_norm(target: Target) -> RmsNorm:
@@ -322,3 +456,104 @@ def moe_experts(
 def embedding(target: Target) -> Embedding:
     """Rows of a table."""
     return select("embedding", target)
+
+
+def decode_inputs(target: Target) -> DecodeInputsOp:
+    """The inputs of a decode step; the dtype of `target` is not looked at."""
+    return select("decode_inputs", target)
+
+
+def sample(target: Target) -> Sample:
+    """Tokens from logits on the device, every row by its own parameters; the dtype of `target` is not looked at."""
+    return select("sample", target)
+
+
+def quantise(target: Target, *, form: Literal["fp8", "int8"] = "fp8", block: int = 128) -> Quantise:
+    """Activations or weights as 8-bit numbers with a scale a block; `block` is a power of two."""
+    return select("quantise", target, form=form, block=block)
+
+
+def gqa_block_decode(
+    target: Target,
+    *,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    interleaved: bool = False,
+) -> GqaBlockDecode:
+    """A whole attention block of a decode step (MHA, GQA and MQA)."""
+    return select(
+        "gqa_block_decode",
+        target,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        interleaved=interleaved,
+    )
+
+
+def mla_block_decode(
+    target: Target,
+    *,
+    hidden_size: int,
+    num_heads: int,
+    q_lora_rank: int,
+    kv_lora_rank: int,
+    nope_dim: int,
+    rope_dim: int,
+    v_dim: int,
+    block_size: int,
+    interleaved: bool = True,
+) -> MlaBlockDecode:
+    """A whole latent-attention block of a decode step; `q_lora_rank` is 0 where queries have no latent."""
+    return select(
+        "mla_block_decode",
+        target,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        q_lora_rank=q_lora_rank,
+        kv_lora_rank=kv_lora_rank,
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        v_dim=v_dim,
+        block_size=block_size,
+        interleaved=interleaved,
+    )
+
+
+def moe_block_decode(
+    target: Target,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    num_shared: int = 0,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    scoring: Literal["softmax", "sigmoid"] = "softmax",
+    normalise: bool = False,
+) -> MoeBlockDecode:
+    """A whole mixture of experts; `num_experts` counts the routed ones."""
+    return select(
+        "moe_block_decode",
+        target,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_shared=num_shared,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        scoring=scoring,
+        normalise=normalise,
+    )
+
+
+def lm_head_sample(target: Target, *, hidden_size: int, vocab_size: int) -> LmHeadSample:
+    """From the last hidden states to tokens, on one rank."""
+    return select("lm_head_sample", target, hidden_size=hidden_size, vocab_size=vocab_size)

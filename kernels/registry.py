@@ -17,22 +17,39 @@ Kernel = Callable[..., Any]
 
 _ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "block_size")
 _LATENT = ("num_heads", "kv_lora_rank", "rope_dim", "block_size")
+_ROUTING = ("num_experts", "top_k", "num_shared", "num_groups", "top_groups", "scoring", "normalise")
 
 OPS: Mapping[str, tuple[str, ...]] = {
+    "decode_inputs": (),
     "embedding": (),
+    "gqa_block_decode": (*_ATTENTION, "hidden_size", "interleaved"),
     "kv_store": (),
     "linear": (),
+    "lm_head": (),
+    "lm_head_sample": ("hidden_size", "vocab_size"),
     "mha_decode": _ATTENTION,
     "mha_prefill": _ATTENTION,
+    "mla_block_decode": (*_LATENT, "hidden_size", "q_lora_rank", "nope_dim", "v_dim", "interleaved"),
     "mla_decode": _LATENT,
     "mla_prefill": (*_LATENT, "nope_dim", "v_dim"),
+    "moe_block_decode": (*_ROUTING, "hidden_size", "intermediate_size"),
     "moe_experts": ("num_experts", "num_shared", "hidden_size", "intermediate_size"),
-    "moe_route": ("num_experts", "top_k", "num_shared", "num_groups", "top_groups", "scoring", "normalise"),
+    "moe_route": _ROUTING,
+    "quantise": ("form", "block"),
     "rms_norm": (),
     "rotary": ("head_dim", "interleaved"),
+    "sample": (),
     "silu_mul": (),
 }
 """Every op with the traits that its face passes to selection. A declaration may restrict no other trait."""
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "gqa_block_decode": ("rms_norm", "linear", "rotary", "kv_store", "mha_decode"),
+    "lm_head_sample": ("rms_norm", "lm_head", "sample"),
+    "mla_block_decode": ("rms_norm", "linear", "rotary", "kv_store", "mla_decode"),
+    "moe_block_decode": ("rms_norm", "linear", "moe_route", "moe_experts"),
+}
+"""The ops that a composite is made of."""
 
 
 class KernelError(Exception):
@@ -134,7 +151,8 @@ class Implementation:
 
     `bind(target, traits)` gives the callable that layers keep; it is called once per choice, when a
     model is built, and may import, compile or allocate. `variant` tells declarations of one backend
-    apart (an instruction set, say). `unavailable()` gives the reason why this machine cannot bind it
+    apart (an instruction set, say). `selects_parts`: of a composite, that selection chooses its parts, so that a
+    part that is forced is honoured. `unavailable()` gives the reason why this machine cannot bind it
     (a module that is not installed), or None. The highest `priority` that is legal is chosen; at equal
     priority the one declared first.
     """
@@ -147,6 +165,7 @@ class Implementation:
     traits: Mapping[str, Condition] = field(default_factory=dict)
     priority: int = 0
     variant: str = ""
+    selects_parts: bool = False
     unavailable: Callable[[], str | None] = lambda: None
 
     @property

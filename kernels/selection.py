@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: the highest priority that is legal here, or the one that is forced.
+"""Which implementation of an op runs: the one that is forced, or the fastest that `tune` has measured, or the highest
+priority that is legal here.
 
 Selection happens while a model is built. `TOKENSPEED_KERNELS="mha_decode=reference,rms_norm=cpu"` forces
 backends (or one variant: `mha_decode=cpu:avx2`); a name that does not exist or may not run here is an
@@ -12,14 +13,17 @@ import importlib
 import logging
 import os
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
-from tokenspeed.kernels.registry import OPS, Implementation, Kernel, Registry, SelectionError, Target, Traits
+from tokenspeed.kernels.registry import OPS, PARTS, Implementation, Kernel, Registry, SelectionError, Target, Traits
+from tokenspeed.kernels.winners import Winner, Winners, by_tokens
 
 ENVIRONMENT = "TOKENSPEED_KERNELS"
 ENTRY_POINT_GROUP = "tokenspeed.kernels"
+NO_BACKEND = "numerics"
+"""The one folder of this package that is not a backend."""
 
 logger = logging.getLogger("tokenspeed.kernels")
 
@@ -51,7 +55,8 @@ class Verdict:
 class Explanation:
     """The choice for one request, with a verdict on everything considered, best first.
 
-    `forced` is the name that the environment asks for. `chosen` is None when nothing may run.
+    `forced` is the name that the environment asks for. `chosen` is what forcing and priority choose, None when
+    nothing may run; `winners` are what runs instead where that was measured, by number of tokens.
     """
 
     op: str
@@ -59,24 +64,43 @@ class Explanation:
     traits: Traits
     forced: str | None
     chosen: Implementation | None
+    winners: tuple[Winner, ...]
     verdicts: tuple[Verdict, ...]
 
     def __str__(self) -> str:
-        traits = "".join(f", {name}={value}" for name, value in self.traits.items())
-        lines = [f"{self.op} on {self.target.platform}, {self._dtype()}{traits}"]
+        lines = [self._request()]
         if self.forced is not None:
             lines.append(f"forced by {ENVIRONMENT}: {self.forced}")
+        if self.winners:
+            lines.append(f"measured: {', '.join(map(str, self.winners))}")
         for verdict in self.verdicts:
             lines.append(f"  {self._word(verdict):9}{verdict.implementation.name:16}{_detail(verdict)}")
         return "\n".join(lines)
 
+    def runs(self, verdict: Verdict) -> bool:
+        """Whether it is what runs, for some number of tokens at least."""
+        if self.winners:
+            return not verdict.reasons and verdict.implementation.name in {winner.name for winner in self.winners}
+        return verdict.implementation is self.chosen
+
+    def refusal(self) -> str:
+        """Why nothing may run, in one line: why not the forced one, or why not each."""
+        reasons = [
+            f"{verdict.implementation.name} {' and '.join(verdict.reasons)}"
+            for verdict in self.verdicts
+            if self.forced is None or self.forced in (verdict.implementation.name, verdict.implementation.backend)
+        ]
+        who = "no kernel can" if self.forced is None else f"{ENVIRONMENT}: {self.op}={self.forced} cannot"
+        return f"{who} run {self._request()}: {'; '.join(reasons)}"
+
+    def _request(self) -> str:
+        traits = "".join(f", {name}={value}" for name, value in self.traits.items())
+        return f"{self.op} on {self.target.platform}, {str(self.target.dtype).removeprefix('torch.')}{traits}"
+
     def _word(self, verdict: Verdict) -> str:
-        if verdict.implementation is self.chosen:
+        if self.runs(verdict):
             return "chosen"
         return "rejected" if verdict.reasons else "legal"
-
-    def _dtype(self) -> str:
-        return str(self.target.dtype).removeprefix("torch.")
 
 
 def _detail(verdict: Verdict) -> str:
@@ -86,11 +110,12 @@ def _detail(verdict: Verdict) -> str:
 
 
 class Selector:
-    """Chooses among the declarations of one registry."""
+    """Chooses among the declarations of one registry, by what was measured where there is such."""
 
-    def __init__(self, registry: Registry, plugins: tuple[Plugin, ...] = ()) -> None:
+    def __init__(self, registry: Registry, plugins: tuple[Plugin, ...] = (), winners: Winners | None = None) -> None:
         self.registry = registry
         self.plugins = plugins
+        self.winners = winners
 
     def explain(self, op: str, target: Target, traits: Traits, forced: Mapping[str, str] | None = None) -> Explanation:
         """Judge every implementation of `op`. Traits left out are conditions, not refusals.
@@ -105,21 +130,35 @@ class Selector:
         if unknown:
             raise SelectionError(f"{op} has no trait {', '.join(unknown)}; it has {', '.join(OPS[op]) or 'none'}")
         wanted = forced.get(op)
-        verdicts = [_judge(implementation, target, traits, wanted) for implementation in self.registry.of(op)]
+        parts = [] if wanted else [part for part in PARTS.get(op, ()) if part in forced]
+        verdicts = [_judge(each, target, traits, wanted, parts) for each in self.registry.of(op)]
         verdicts.sort(key=lambda verdict: (bool(verdict.reasons), -verdict.implementation.priority))
         chosen = verdicts[0].implementation if verdicts and not verdicts[0].reasons else None
-        return Explanation(op, target, traits, wanted, chosen, tuple(verdicts))
+        winners = () if wanted or self.winners is None else self.winners.find(op, target, traits)
+        legal = {verdict.implementation.name for verdict in verdicts if not verdict.reasons}
+        if any(winner.name not in legal for winner in winners):
+            winners = ()
+        return Explanation(op, target, traits, wanted, chosen, winners, tuple(verdicts))
 
-    def select(self, op: str, target: Target, traits: Traits) -> Kernel:
-        """The bound callable of the best legal implementation, or `SelectionError` with every reason."""
+    def choose(self, op: str, target: Target, traits: Traits) -> Explanation:
+        """The explanation of a choice that there is, or `SelectionError` with every reason in one line."""
         missing = sorted(set(OPS.get(op, ())) - set(traits))
         if missing:
             raise SelectionError(f"{op} needs the traits {', '.join(missing)}")
         explanation = self.explain(op, target, traits)
         if explanation.chosen is None:
-            raise SelectionError(f"no kernel may run: {explanation}")
+            raise SelectionError(explanation.refusal())
+        return explanation
+
+    def select(self, op: str, target: Target, traits: Traits) -> Kernel:
+        """The bound callable of the winner where `tune` has measured, else of the best legal implementation. Raises
+        `SelectionError` as `choose` does."""
+        explanation = self.choose(op, target, traits)
         logger.debug("%s", explanation)
-        return explanation.chosen.bind(target, traits)
+        running = [verdict.implementation for verdict in explanation.verdicts if explanation.runs(verdict)]
+        kernels = {implementation.name: implementation.bind(target, traits) for implementation in running}
+        winners = explanation.winners or (Winner(None, running[0].name),)
+        return by_tokens([(winner.most_tokens, kernels[winner.name]) for winner in winners])
 
     def forced(self, setting: str) -> dict[str, str]:
         """Parse and check "op=backend,op=backend:variant"."""
@@ -139,10 +178,14 @@ class Selector:
         return forced
 
 
-def _judge(implementation: Implementation, target: Target, traits: Traits, wanted: str | None) -> Verdict:
+def _judge(
+    implementation: Implementation, target: Target, traits: Traits, wanted: str | None, forced_parts: Sequence[str]
+) -> Verdict:
     reasons: list[str] = []
     if wanted is not None and wanted not in (implementation.backend, implementation.name):
         reasons.append(f"{wanted} is forced")
+    if forced_parts and not implementation.selects_parts:
+        reasons.append(f"its own {', '.join(forced_parts)} instead of the forced one")
     elsewhere = [on.rejects(target.platform) for on in implementation.platforms]
     if all(elsewhere):
         reasons.append(" or ".join(filter(None, elsewhere)))
@@ -165,9 +208,9 @@ def default() -> Selector:
     registry = Registry()
     package = importlib.import_module("tokenspeed.kernels")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.ispkg:
+        if module.ispkg and module.name != NO_BACKEND:
             registry.add(importlib.import_module(f"{package.__name__}.{module.name}").implementations())
-    return Selector(registry, load_plugins(registry))
+    return Selector(registry, load_plugins(registry), Winners.of_user())
 
 
 def load_plugins(registry: Registry) -> tuple[Plugin, ...]:

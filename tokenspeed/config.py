@@ -5,26 +5,36 @@ A component receives the values that it needs; only the entry points and the eng
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
 
 from tokenspeed.errors import ConfigError
 
-LoadFormat = Literal["auto", "safetensors", "gguf"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16"]
 
 MAX_QUEUED = 1_000_000
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+STEERED_FLOOR = 70.0
+"""Tokens a second that an engine without a `tps_floor` of its own steers every stream for."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that decides how an engine is built.
 
     `model` is a folder, a .gguf file or a Hugging Face hub name; None is the embedded demonstration
-    model. `max_model_len` None is the checkpoint's own. `kv_cache_bytes` None sizes the cache from the
-    memory that is free; `max_num_batched_tokens` None is what suits the device. `overlap` is the number
-    of steps in flight while the next is planned (0 or 1).
+    model. `load_format` dummy reads no weights and draws random ones. `max_model_len` None is the
+    checkpoint's own. `kv_cache_bytes` None sizes the cache from the memory that is free;
+    `max_num_batched_tokens` None is what suits the device. `overlap` is the number of steps in flight
+    while the next is planned (0 or 1).
+
+    `tps_floor` is the tokens per second that every stream is promised: a request beside which they could not be
+    kept is refused. 0 is none; None steers for `STEERED_FLOOR` and refuses nobody. With `session_admission` a
+    session counts with all its KV blocks, also between its turns, and sessions that do not fit wait instead of
+    evicting each other; one that is expected to wait longer than `max_queue_seconds` is refused. `record` is a new
+    file for every call of the control plane, prompts included.
     """
 
     model: str | None = None
@@ -37,11 +47,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
     max_queued_requests: int = 1024
+    max_queue_seconds: float = 300.0
+    tps_floor: float | None = None
+    session_admission: bool = True
     enable_prefix_caching: bool = True
     kv_cache_bytes: int | None = None
     overlap: int = 1
     num_threads: int | None = None
     seed: int | None = None
+    record: str | None = None
 
     def check(self) -> None:
         """Raise `ConfigError` naming the first flag that is out of range."""
@@ -60,6 +74,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{flag} must be at least 1, got {value}")
         if self.max_queued_requests > MAX_QUEUED:
             raise ConfigError(f"--max-queued-requests must be at most {MAX_QUEUED}, got {self.max_queued_requests}")
+        if not 0 <= self.max_queue_seconds < math.inf:
+            raise ConfigError(f"--max-queue-seconds must be a number of at least 0, got {self.max_queue_seconds:g}")
+        if self.tps_floor is not None and not 0 <= self.tps_floor < math.inf:
+            raise ConfigError(f"--tps-floor must be a number of at least 0, got {self.tps_floor:g}")
         if self.overlap not in (0, 1):
             raise ConfigError(f"--overlap must be 0 or 1, got {self.overlap}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:

@@ -71,6 +71,8 @@ class ContextLengthExceeded(InvalidRequest):
             param=param,
             code="context_length_exceeded",
         )
+        self.limit = limit
+        self.prompt = prompt
 
 
 class ModelNotFound(RequestError):
@@ -79,11 +81,23 @@ class ModelNotFound(RequestError):
     status = 404
 
 
-class QueueFull(RequestError):
-    """429: too many requests wait. `retry_after` is always set."""
+class Overloaded(RequestError):
+    """429: the engine has no place for this request now, but may have one later. `retry_after` is always set."""
 
     status = 429
     type = "rate_limit_error"
+
+
+class QueueFull(Overloaded):
+    """Too many requests wait."""
+
+
+class FloorNotKept(Overloaded):
+    """Beside this request a promised floor of tokens per second could not be kept, its own or another's."""
+
+
+class NoRoom(Overloaded):
+    """The KV cache is full of sessions in use, and this request's own would have to wait too long."""
 
 
 class InternalError(RequestError):

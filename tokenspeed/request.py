@@ -22,8 +22,28 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
 MAX_BIAS_ENTRIES = 1024
 MAX_SEED = 2**63
+MAX_GRAMMAR_BYTES = 8 << 20
+
+GrammarKind = Literal["json_schema", "regex", "ebnf", "choice", "structural_tag"]
 
 _PATH = re.compile(r"`\$\.(\w+)")
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the text of an answer must match, from its first token to its last.
+
+    `text` is a JSON schema (JSON text), a regular expression for the whole answer, a grammar in the EBNF of llama.cpp
+    with a rule `root`, a JSON array of the texts to choose from, or a format of xgrammar's structural tags (JSON text).
+    `field` is where a request asks for it, for error messages. Without `strict` what of a JSON schema cannot be
+    enforced is left out instead of refused. Before it the answer has a `thinking`, of any text up to </think>: one that
+    the prompt has opened, or one that the answer may open.
+    """
+
+    kind: GrammarKind
+    text: str
+    field: str = "grammar"
+    strict: bool = True
+    thinking: Literal["none", "opened", "allowed"] = "none"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -33,6 +53,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     `logprobs` k gives the chosen token's log-probability and the k most likely ones (0: only the chosen
     one); `prompt_logprobs` likewise for the prompt, which is then computed without prefix hits.
     `bad_words` are texts, `bad_word_ids` their token sequences, filled in by whoever has the tokenizer.
+    `shown_special_ids` are special tokens whose text is shown although `skip_special_tokens` hides the others.
+    `grammar` masks every token with which the text could not match; the answer ends where nothing more may follow.
     Log-probabilities are those of the model, before temperature, penalties and masks.
     """
 
@@ -57,7 +79,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     n: int = 1
     skip_special_tokens: bool = True
+    shown_special_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:
@@ -89,6 +113,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for text in self.stop:
             if not text or len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
                 raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_BYTES} bytes", param="stop")
+        if self.grammar is not None and len(self.grammar.text.encode("utf-8", "surrogatepass")) > MAX_GRAMMAR_BYTES:
+            field = self.grammar.field
+            raise InvalidRequest(f"{field} must have at most {MAX_GRAMMAR_BYTES} bytes", param=field)
 
     def _check_types(self) -> None:
         """A struct made in Python holds whatever it was given; one from the wire is what it says."""
@@ -110,6 +137,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def _check_ids(self, vocab_size: int) -> None:
         _ids_in_vocabulary("stop_token_ids", self.stop_token_ids, vocab_size)
+        _ids_in_vocabulary("shown_special_ids", self.shown_special_ids, vocab_size)
         for sequence in self.bad_word_ids:
             if not sequence:
                 raise InvalidRequest("bad_word_ids has an empty sequence", param="bad_word_ids")

@@ -34,6 +34,7 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
 _HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
 TRAITS: Mapping[str, Mapping[str, Condition]] = {
     "linear": {},
+    "lm_head": {},
     "mha_decode": _HEADS,
     "mha_prefill": _HEADS,
     "rms_norm": {},

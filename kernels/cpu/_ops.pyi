@@ -109,9 +109,10 @@ class Kernels:
         weight_stride: int,
         bias: int,
         out: int,
+        float_out: bool,
         tokens: int,
         columns: int,
         rows: int,
         threads: int,
     ) -> None:
-        """`bias` is 0 without one."""
+        """`bias` is 0 without one. With `float_out` the results are float32."""

@@ -46,6 +46,7 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         int64_t tokens
         int64_t columns
         int64_t rows
+        bint float_out
 
     cdef cppclass Table "tokenspeed::cpu::Kernels":
         pass
@@ -149,8 +150,9 @@ cdef class Kernels:
             c_silu_mul(self.table[0], <const void*> gate_up, stride, <void*> out, tokens, size, threads)
 
     def linear(self, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride, uintptr_t bias,
-               uintptr_t out, int64_t tokens, int64_t columns, int64_t rows, int threads):
+               uintptr_t out, bint float_out, int64_t tokens, int64_t columns, int64_t rows, int threads):
         cdef Linear a
+        a.float_out = float_out
         a.x, a.weight, a.bias, a.out = <const void*> x, <const void*> weight, <const void*> bias, <void*> out
         a.x_stride, a.weight_stride, a.tokens, a.columns, a.rows = x_stride, weight_stride, tokens, columns, rows
         with nogil:

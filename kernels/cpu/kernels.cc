@@ -81,6 +81,8 @@ int64_t check_positions(const int64_t* positions, int64_t tokens, int64_t limit)
     return OK;
 }
 
+constexpr int64_t NOT_STORED = -1;  // kv_store's slot of a token that has none
+
 int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 }  // namespace
@@ -151,9 +153,12 @@ int64_t rotary(const Kernels& kernels, void* q, int64_t q_stride, int64_t q_head
 
 int64_t kv_store(const void* source, int64_t source_stride, void* cache, const int64_t* slots, int64_t tokens,
                  int64_t bytes, int64_t num_slots, int threads) {
-    if (const int64_t bad = check_positions(slots, tokens, num_slots); bad != OK) return bad;
+    for (int64_t t = 0; t < tokens; ++t) {
+        if (slots[t] < NOT_STORED || slots[t] >= num_slots) return t;
+    }
     parallel_ranges(tokens, bytes / 2, threads, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
+            if (slots[t] == NOT_STORED) continue;
             std::memcpy(static_cast<char*>(cache) + slots[t] * bytes,
                         static_cast<const char*>(source) + t * source_stride, static_cast<size_t>(bytes));
         }
@@ -229,11 +234,11 @@ void linear(const Kernels& kernels, const Linear& a, int threads) {
     if (a.tokens <= LINEAR_FEW) return linear_few(kernels, a, threads);
     // Widened tokens stay below 16 MiB.
     const int64_t most = LINEAR_BLOCK + (int64_t{1} << 22) / (a.columns < 1 ? 1 : a.columns);
-    const int64_t item = kernels.item_size;
+    const int64_t item = kernels.item_size, out_item = a.float_out ? static_cast<int64_t>(sizeof(float)) : item;
     for (int64_t t = 0; t < a.tokens; t += most) {
         Linear part = a;
         part.x = static_cast<const char*>(a.x) + t * a.x_stride * item;
-        part.out = static_cast<char*>(a.out) + t * a.rows * item;
+        part.out = static_cast<char*>(a.out) + t * a.rows * out_item;
         part.tokens = a.tokens - t < most ? a.tokens - t : most;
         linear_many(kernels, part, threads);
     }

@@ -63,6 +63,7 @@ struct Linear {
     int64_t tokens;
     int64_t columns;  // of the weight: K
     int64_t rows;     // of the weight: N
+    bool float_out;   // out is float32, whatever the type of x
 
     int64_t packed_stride() const { return (columns + 31) / 32 * 32; }
 };

@@ -40,6 +40,7 @@ def bind(kernels: _ops.Kernels, target: Target, traits: Traits) -> Kernel:
             weight.stride(0),
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
+            False,
             tokens,
             columns,
             rows,

@@ -90,6 +90,20 @@ void linear_few_pack(const Linear& a, int64_t begin, int64_t end, void* packed_)
     }
 }
 
+// `rows` outputs of token t, from weight row n on.
+template <class T>
+inline void write_sums(const Linear& a, const T* bias, int64_t t, int64_t n, int rows, const float* sums) {
+    const auto write = [&](auto* out) {
+        out += t * a.rows + n;
+        for (int r = 0; r < rows; ++r) store_one(out + r, bias == nullptr ? sums[r] : sums[r] + load_one(bias + n + r));
+    };
+    if (a.float_out) {
+        write(static_cast<float*>(a.out));
+    } else {
+        write(static_cast<T*>(a.out));
+    }
+}
+
 // A panel of weight rows and of packed tokens, both from the panel's first element on.
 template <class T>
 struct Panel {
@@ -180,9 +194,7 @@ void linear_few_rows(const Linear& a, const void* packed, int64_t begin, int64_t
             }
         }
         for (int64_t t = begin; t < end; ++t) {
-            T* out = static_cast<T*>(a.out) + t * a.rows + n;
-            const float* of = totals + (t - begin) * LINEAR_ROWS;
-            for (int r = 0; r < rows; ++r) store_one(out + r, bias == nullptr ? of[r] : of[r] + load_one(bias + n + r));
+            write_sums(a, bias, t, n, rows, totals + (t - begin) * LINEAR_ROWS);
         }
     }
 }

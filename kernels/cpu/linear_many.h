@@ -60,9 +60,7 @@ void linear_many_rows(const Linear& a, const float* widened, int64_t begin, int6
             }
         }
         for (int t = 0; t < tokens; ++t) {
-            T* out = static_cast<T*>(a.out) + (begin + t) * a.rows + n;
-            const float* of = sums + t * STRIP;
-            for (int r = 0; r < rows; ++r) store_one(out + r, bias == nullptr ? of[r] : of[r] + load_one(bias + n + r));
+            write_sums(a, bias, begin + t, n, rows, sums + t * STRIP);
         }
     }
 }

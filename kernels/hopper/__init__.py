@@ -19,20 +19,23 @@ def _unavailable() -> str | None:
 
 def implementations() -> tuple[Implementation, ...]:
     """The ops that have a Hopper version."""
-    traits: dict[str, OneOf | Multiple] = {
+    latent: dict[str, OneOf | Multiple] = {
         "kv_lora_rank": OneOf(frozenset((512,))),
         "rope_dim": OneOf(frozenset((64,))),
         "block_size": Multiple(of=64),
     }
-    return (
-        Implementation(
-            "mla_decode",
+    parts = OneOf(frozenset(1 << n for n in range(4, 10)))
+
+    def hopper(op: str, **traits: OneOf | Multiple) -> Implementation:
+        return Implementation(
+            op,
             "hopper",
-            lazy("tokenspeed.kernels.hopper.mla_decode:bind"),
+            lazy(f"tokenspeed.kernels.hopper.{op}:bind"),
             (On("nvidia", arch="sm90"),),
             frozenset((torch.bfloat16, torch.float16)),
             traits,
             priority=20,
             unavailable=_unavailable,
-        ),
-    )
+        )
+
+    return hopper("mla_decode", **latent), hopper("mla_block_decode", **latent, nope_dim=parts, v_dim=parts)

@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.kernels.registry import Target, Traits
 from tokenspeed.kernels.triton.launch import num_multiprocessors
-from tokenspeed.kernels.triton.mla_decode import LOG2_E, merge_shares
+from tokenspeed.kernels.triton.mla_decode import LOG2_E, Shares, merge_shares
 
 BLOCK_N = 64
 
@@ -56,12 +56,12 @@ def _clear_behind(latent, count, C: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_queries"])
-def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
+def _shares(  # noqa: PLR0912, PLR0915 - one walk, whose parts share all of its state
     q_latent, q_rope, latent_tma, rope_tma, block_table, kv_len, out, partial, lse,
     scale_log2, num_rows, num_queries, table_stride,
     ql_row, ql_query, ql_head, qr_row, qr_query, qr_head,
     HEADS: gl.constexpr, C: gl.constexpr, P: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    COLUMNS: gl.constexpr, ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr, ROWS: gl.constexpr, IN_BLOCK: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = out.dtype.element_ty
     tile_bytes: gl.constexpr = 64 * (C + P) * 2
@@ -96,8 +96,9 @@ def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
     query = column // HEADS
     token = gl.arange(0, 64, layout=by_token)
     rows = gl.arange(0, ROWS, layout=by_row)
-    gdc_wait()
-    gdc_launch_dependents()
+    if not IN_BLOCK:
+        gdc_wait()
+        gdc_launch_dependents()
     lengths = gl.load(kv_len + rows, mask=rows < num_rows, other=0)
     ends = gl.associative_scan((lengths + 63) // 64, 0, _plus)
     total = gl.max(ends, 0)
@@ -117,12 +118,18 @@ def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
             table = block_table + row * table_stride
             for ahead in gl.static_range(2):
                 if lo + ahead < hi:
+                    if IN_BLOCK:  # noqa: SIM102 - decided when it is compiled
+                        if (lo + ahead + 1) * 64 >= length:  # holds what this step stored
+                            gdc_wait()
                     at = gl.load(table + (lo + ahead) * 64 // BLOCK_SIZE) * BLOCK_SIZE + (lo + ahead) * 64 % BLOCK_SIZE
                     buffer = (turn + ahead) % 2
                     _request(
                         latent_tma, rope_tma, latent.index(buffer), rope.index(buffer), arrived.index(buffer), at,
                         C, tile_bytes,
                     )  # fmt: skip
+            if IN_BLOCK:
+                gdc_wait()
+                gdc_launch_dependents()
             column_l = first_column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, ql_layout))
             from_l = row * ql_row + column_l // HEADS * ql_query + column_l % HEADS * ql_head
             c = gl.arange(0, C, layout=gl.SliceLayout(0, ql_layout))
@@ -184,7 +191,10 @@ def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
             to = first_column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, store_layout))
             first = ((row_begin + 1) * num_shares - 1) // total
             last = (row_end * num_shares - 1) // total
-            if first == last:
+            alone = first == last
+            if IN_BLOCK:  # never; a branch known not to be taken breaks Gluon's lowering in triton 3.6
+                alone = first < 0
+            if alone:
                 gl.store(out + ((row * width + to) * C)[None, :] + cs[:, None], result, mask=(to < width)[None, :])
             else:
                 at_partial = (share + row) * width
@@ -192,6 +202,9 @@ def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
                     partial + ((at_partial + to) * C)[None, :] + cs[:, None], result, mask=(to < width)[None, :]
                 )  # fmt: skip
                 gl.store(lse + at_partial + column, m + gl.log2(denominator), mask=column < width)
+    # Who had no share waits too: that this kernel has ended says that all before it have.
+    if IN_BLOCK:
+        gdc_wait()
 
 
 @gluon.jit
@@ -218,27 +231,41 @@ class MlaDecode:
     def __call__(
         self, q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, block_table: Tensor, kv_len: Tensor, scale: float, /
     ) -> Tensor:
+        out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+        if q_latent.shape[0]:
+            found = self._walk(q_latent, q_rope, kv_cache, block_table, kv_len, scale, out)
+            merge_shares(found.partial, found.lse, kv_len, out, found.shares, BLOCK_N, dependent=True)
+        return out
+
+    def shares(
+        self, q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, block_table: Tensor, kv_len: Tensor, scale: float, /
+    ) -> Shares:
+        """The first kernel alone, for whoever merges: what every share found in every row it holds a part of.
+
+        Lengths, block table and all tokens but each row's last must be older than the kernel before, which must
+        release this one after its own wait: they are read before the wait here.
+        """
+        return self._walk(q_latent, q_rope, kv_cache, block_table, kv_len, scale, None)
+
+    def _walk(
+        self, q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, block_table: Tensor, kv_len: Tensor, scale: float,
+        out: Tensor | None,
+    ) -> Shares:  # fmt: skip
         rows, num_queries, num_heads, rank = q_latent.shape
-        device, dtype = q_latent.device, q_latent.dtype
-        out = torch.empty(rows, num_queries, num_heads, rank, dtype=dtype, device=device)
-        if rows == 0:
-            return out
         width = num_queries * num_heads
         columns = max(16, min(self.config.columns, triton.next_power_of_2(width)))
         column_blocks = triton.cdiv(width, columns)
-        shares = self.config.shares or max(1, num_multiprocessors(device) // column_blocks)
-        # One place for each (share, row) on the way from (0, 0) to (shares − 1, rows − 1).
-        partial = torch.empty(shares + rows - 1, width, rank, dtype=dtype, device=device)
-        lse = torch.empty(shares + rows - 1, width, dtype=torch.float32, device=device)
+        shares = self.config.shares or max(1, num_multiprocessors(q_latent.device) // column_blocks)
+        found = Shares.empty(shares, rows, width, rank, BLOCK_N, q_latent)
         flat = kv_cache.view(-1, rank + self.rope_dim)
         _shares[shares, column_blocks](
-            q_latent, q_rope, _tiles(flat, rank), _tiles(flat, self.rope_dim), block_table, kv_len, out, partial, lse,
+            q_latent, q_rope, _tiles(flat, rank), _tiles(flat, self.rope_dim), block_table, kv_len,
+            found.partial if out is None else out, found.partial, found.lse,
             scale * LOG2_E, rows, num_queries, block_table.stride(0), *q_latent.stride()[:3], *q_rope.stride()[:3],
             HEADS=num_heads, C=rank, P=self.rope_dim, BLOCK_SIZE=kv_cache.shape[1], COLUMNS=columns,
-            ROWS=triton.next_power_of_2(rows), num_warps=4, launch_pdl=True,
+            ROWS=triton.next_power_of_2(rows), IN_BLOCK=out is None, num_warps=4, launch_pdl=True,
         )  # fmt: skip
-        merge_shares(partial, lse, kv_len, out, shares, BLOCK_N, dependent=True)
-        return out
+        return found
 
 
 def _tiles(flat: Tensor, width: int) -> Any:

@@ -6,37 +6,56 @@ compares every other implementation with.
 
 from __future__ import annotations
 
+from tokenspeed.kernels.composed.blocks import BLOCKS, bind_block
 from tokenspeed.kernels.reference import (
+    decode_inputs,
     embedding,
     kv_store,
     linear,
+    lm_head,
     mha_decode,
     mha_prefill,
     mla_decode,
     mla_prefill,
     moe_experts,
     moe_route,
+    quantise,
     rms_norm,
     rotary,
+    sample,
     silu_mul,
 )
-from tokenspeed.kernels.registry import Implementation
+from tokenspeed.kernels.registry import Implementation, Kernel, Target, TraitValue
 
-
-def implementations() -> tuple[Implementation, ...]:
-    """One for each op."""
-    modules = (
+_PRIMITIVES = {
+    module.IMPLEMENTATION.op: module.IMPLEMENTATION
+    for module in (
+        decode_inputs,
         embedding,
         kv_store,
         linear,
+        lm_head,
         mha_decode,
         mha_prefill,
         mla_decode,
         mla_prefill,
         moe_experts,
         moe_route,
+        quantise,
         rms_norm,
         rotary,
+        sample,
         silu_mul,
     )
-    return tuple(module.IMPLEMENTATION for module in modules)
+}
+
+
+def _choose(op: str, target: Target, **traits: TraitValue) -> Kernel:
+    kernel: Kernel = _PRIMITIVES[op].bind(target, traits)
+    return kernel
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """One for each op; a block's is the composition of the references."""
+    blocks = (Implementation(op, "reference", bind_block(op, _choose)) for op in BLOCKS)
+    return *_PRIMITIVES.values(), *blocks

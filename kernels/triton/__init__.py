@@ -17,6 +17,7 @@ from tokenspeed.kernels.registry import Implementation, Multiple, On, OneOf, laz
 _HALF = frozenset((torch.bfloat16, torch.float16))
 _FLOATS = _HALF | {torch.float32}
 _POWERS = OneOf(frozenset(1 << n for n in range(4, 10)))
+_LATENT: dict[str, OneOf | Multiple] = dict.fromkeys(("kv_lora_rank", "rope_dim", "nope_dim", "v_dim"), _POWERS)
 
 
 def unavailable() -> str | None:
@@ -39,10 +40,16 @@ def _interpreted(gpu: Implementation) -> Implementation:
 def implementations() -> tuple[Implementation, ...]:
     """The ops that have a Triton version; on a CPU only where the process asked for Triton's interpreter."""
     gpu = (
-        *(_gpu(op, _FLOATS) for op in ("embedding", "kv_store", "linear", "rms_norm", "rotary", "silu_mul")),
+        *(_gpu(op, _FLOATS) for op in ("decode_inputs", "embedding", "kv_store", "linear", "rms_norm", "rotary")),
+        *(_gpu(op, _FLOATS) for op in ("lm_head", "sample", "silu_mul")),
         _gpu("mha_decode", _FLOATS, head_dim=Multiple(of=16, at_most=256), block_size=Multiple(of=16)),
+        _gpu("mha_prefill", _FLOATS, head_dim=Multiple(of=16, at_most=256), block_size=Multiple(of=16)),
         _gpu("mla_decode", kv_lora_rank=_POWERS, rope_dim=_POWERS, block_size=Multiple(of=16)),
-        _gpu("moe_route"),
+        _gpu("mla_prefill", kv_lora_rank=_POWERS, rope_dim=_POWERS, block_size=Multiple(of=16)),
+        _gpu("mla_block_decode", _HALF, **_LATENT, block_size=Multiple(of=16)),
+        _gpu("moe_block_decode", hidden_size=Multiple(of=64), intermediate_size=Multiple(of=64)),
+        _gpu("moe_route", _FLOATS),
+        _gpu("quantise", _FLOATS, block=OneOf(frozenset(1 << n for n in range(4, 11)))),
         _gpu("moe_experts", hidden_size=Multiple(of=64), intermediate_size=Multiple(of=64)),
     )
     if os.environ.get("TRITON_INTERPRET") != "1":

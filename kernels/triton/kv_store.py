@@ -1,4 +1,4 @@
-"""kv_store: cache.view(slots, ...)[kv_slots] = tensor; a pair of tensors (keys and values) in one launch."""
+"""kv_store: cache.view(slots, ...)[kv_slots] = tensor, where kv_slots ≥ 0; keys and values in one launch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def _copy(
     SIZE: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     at = i if HEAD == SIZE else i // HEAD * head_stride + i % HEAD
-    value = tl.load(source + token * source_stride + at, mask=i < SIZE, other=0.0)
-    tl.store(cache + slot * SIZE + i, value, mask=i < SIZE)
+    stored = (i < SIZE) & (slot >= 0)
+    value = tl.load(source + token * source_stride + at, mask=stored, other=0.0)
+    tl.store(cache + slot * SIZE + i, value, mask=stored)
 
 
 @triton.jit

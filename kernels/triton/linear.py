@@ -73,12 +73,21 @@ def _tile_of_x(x, x_stride, tokens, t, at, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _tensor_products(
-    x, weight, bias, y, tokens, num_rows, x_stride, weight_stride,
+    x, weight, bias, y, second, second_y, tokens, num_rows, second_rows, x_stride, weight_stride, second_stride,
     K: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr,
-    STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SECOND: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     STEP: tl.constexpr = PARTS * BLOCK_K
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.program_id(0) * ROWS
+    biased = HAS_BIAS
+    if HAS_SECOND:
+        # The programs behind those of `weight` take the rows of a second one.
+        behind = first_row - (num_rows + ROWS - 1) // ROWS * ROWS
+        if behind >= 0:
+            weight, y, num_rows, weight_stride = second, second_y, second_rows, second_stride
+            first_row = behind
+            biased = False
+    row = first_row + tl.arange(0, ROWS)
     t = tl.arange(0, 16)
     at = tl.arange(0, PARTS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     release_dependents(DEPENDENT)
@@ -98,7 +107,7 @@ def _tensor_products(
         acc = tl.dot(value, tl.trans(tile, (0, 2, 1)), acc)
     total = tl.sum(acc, 0)
     if HAS_BIAS:
-        total += tl.load(bias + row, mask=row < num_rows, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias + row, mask=(row < num_rows) & biased, other=0.0).to(tl.float32)[None, :]
     inside = (t < tokens)[:, None] & (row < num_rows)[None, :]
     tl.store(y + t[:, None] * num_rows + row[None, :], total.to(y.dtype.element_ty), mask=inside)
 
@@ -125,24 +134,45 @@ class TensorConfig:
 
 
 class Linear:
-    """The op; see `ops.Linear`. A configuration given here is used for every shape and number of tokens."""
+    """The op; see `ops.Linear`. A configuration given here is used for every shape and number of tokens.
 
-    def __init__(self, config: VectorConfig | TensorConfig | None = None) -> None:
+    With `out_dtype` the results are of that type instead of x's, rounded once if at all.
+    """
+
+    def __init__(self, config: VectorConfig | TensorConfig | None = None, out_dtype: torch.dtype | None = None) -> None:
         self.config = config
+        self.out_dtype = out_dtype
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, /) -> Tensor:
         (tokens, k), num_rows = x.shape, weight.shape[0]
-        if not 0 < tokens <= MAX_TOKENS:
-            return functional.linear(x, weight, bias)
-        config = self.config or choose(tokens, k, num_rows, x.dtype)
+        config = self.config or choose(tokens, k, num_rows, x.dtype) if 0 < tokens <= MAX_TOKENS else None
         if config is None:
-            return functional.linear(x, weight, bias)
-        y = torch.empty(tokens, num_rows, dtype=x.dtype, device=x.device)
+            return self._by_torch(x, weight, bias)
+        y = torch.empty(tokens, num_rows, dtype=self.out_dtype or x.dtype, device=x.device)
         if isinstance(config, VectorConfig):
             self._vector(config, x, weight, bias, y)
         else:
             self._tensor(config, x, weight, bias, y)
         return y
+
+    def pair(self, x: Tensor, weight: Tensor, bias: Tensor | None, second: Tensor) -> tuple[Tensor, Tensor]:
+        """(x · weightᵀ + bias, x · secondᵀ), in one launch where both take the same configuration."""
+        (tokens, k), num_rows = x.shape, weight.shape[0] + second.shape[0]
+        config = self.config or choose(tokens, k, num_rows, x.dtype) if 0 < tokens <= MAX_TOKENS else None
+        if not isinstance(config, TensorConfig):
+            return self(x, weight, bias), self(x, second, None)
+        y, second_y = (torch.empty(tokens, each.shape[0], dtype=x.dtype, device=x.device) for each in (weight, second))
+        self._tensor(config, x, weight, bias, y, second, second_y)
+        return y, second_y
+
+    def _by_torch(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.out_dtype in (None, x.dtype):
+            return functional.linear(x, weight, bias)
+        if not x.is_cuda:  # torch's CPU products round to the type of x
+            y = functional.linear(x.to(self.out_dtype), weight.to(self.out_dtype))
+        else:
+            y = torch.mm(x, weight.t(), out_dtype=self.out_dtype)
+        return y if bias is None else y + bias
 
     def _vector(self, config: VectorConfig, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         (tokens, k), num_rows = x.shape, weight.shape[0]
@@ -154,16 +184,22 @@ class Linear:
             HAS_BIAS=bias is not None, DEPENDENT=dependent, num_warps=config.warps, **dependent_launch(dependent),
         )  # fmt: skip
 
-    def _tensor(self, config: TensorConfig, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def _tensor(
+        self, config: TensorConfig, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor,
+        second: Tensor | None = None, second_y: Tensor | None = None,
+    ) -> None:  # fmt: skip
         (tokens, k), num_rows = x.shape, weight.shape[0]
+        second_rows, second_stride = (0, 0) if second is None else (second.shape[0], second.stride(0))
         dependent = is_hopper(x.device)
         step_bytes = config.parts * config.block_k * (config.rows + 16) * x.element_size()
         stages = min(config.stages, 1 + shared_memory(x.device) // step_bytes)
-        _tensor_products[triton.cdiv(num_rows, config.rows),](
-            x, weight, bias, y, tokens, num_rows, x.stride(0), weight.stride(0),
+        _tensor_products[triton.cdiv(num_rows, config.rows) + triton.cdiv(second_rows, config.rows),](
+            x, weight, bias, y, second, second_y, tokens, num_rows, second_rows,
+            x.stride(0), weight.stride(0), second_stride,
             K=k, ROWS=config.rows, PARTS=config.parts, BLOCK_K=config.block_k,
             HELD=_whole(min(k, config.held), config.parts * config.block_k), STAGES=stages,
-            HAS_BIAS=bias is not None, DEPENDENT=dependent, num_warps=config.parts, **dependent_launch(dependent),
+            HAS_BIAS=bias is not None, HAS_SECOND=second is not None, DEPENDENT=dependent,
+            num_warps=config.parts, **dependent_launch(dependent),
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
@@ -63,8 +63,8 @@ def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
     scale_log2, num_rows, num_queries, table_stride,
     ql_row, ql_query, ql_head, qr_row, qr_query, qr_head,
     HEADS: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, ONE_QUERY: tl.constexpr, TMA: tl.constexpr, DEPENDENT: tl.constexpr,
-    STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, ONE_QUERY: tl.constexpr, FINISH: tl.constexpr, TMA: tl.constexpr,
+    DEPENDENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     share = tl.program_id(0)
     num_shares = tl.num_programs(0)
@@ -137,13 +137,28 @@ def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
                 )
             result = (acc / tl.where(denominator == 0.0, 1.0, denominator)[None, :]).to(out.dtype.element_ty)
             width = num_queries * HEADS
-            if _owner(row_begin, total, num_shares) == _owner(row_end - 1, total, num_shares):
+            alone = _owner(row_begin, total, num_shares) == _owner(row_end - 1, total, num_shares)
+            if alone & FINISH:
                 at_out = row * width + column
                 tl.store(out + at_out[None, :] * C + c[:, None], result, mask=used[None, :])
             else:
                 at_out = (share + row) * width + column
                 tl.store(partial + at_out[None, :] * C + c[:, None], result, mask=used[None, :])
                 tl.store(lse + at_out, m + tl.log2(denominator), mask=used)
+
+
+@triton.jit
+def share_count(kv_len, row, num_rows, num_shares, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first share of a row, and in how many it lies."""
+    rows = tl.arange(0, ROWS)
+    tiles = (tl.load(kv_len + rows, mask=rows < num_rows, other=0) + BLOCK_N - 1) // BLOCK_N
+    total = tl.sum(tiles, 0)
+    num_shares = tl.minimum(num_shares, total)
+    row_end = tl.sum(tl.where(rows <= row, tiles, 0), 0)
+    row_begin = row_end - tl.sum(tl.where(rows == row, tiles, 0), 0)
+    first = _owner(row_begin, tl.maximum(total, 1), num_shares)
+    last = _owner(row_end - 1, tl.maximum(total, 1), num_shares)
+    return first, tl.where(row_end == row_begin, 0, last - first + 1)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_shares"])
@@ -156,43 +171,35 @@ def _merge(
     column = tl.program_id(1)
     width = tl.num_programs(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows = tl.arange(0, ROWS)
     # The lengths are older than the kernel before this one, which waits before it lets this one start.
-    tiles = (tl.load(kv_len + rows, mask=rows < num_rows, other=0) + BLOCK_N - 1) // BLOCK_N
-    total = tl.sum(tiles, 0)
-    num_shares = tl.minimum(num_shares, total)
-    row_end = tl.sum(tl.where(rows <= row, tiles, 0), 0)
-    row_begin = row_end - tl.sum(tl.where(rows == row, tiles, 0), 0)
+    first, count = share_count(kv_len, row, num_rows, num_shares, ROWS, BLOCK_N)
     to = out + (row * width + column) * C + c
     dependency_wait(DEPENDENT)
     release_dependents(DEPENDENT)
-    if row_end == row_begin:
+    if count == 0:
         tl.store(to, tl.zeros([BLOCK_C], out.dtype.element_ty))
-    else:
-        first = _owner(row_begin, total, num_shares)
-        count = _owner(row_end - 1, total, num_shares) - first + 1
-        if count > 1:
-            s = tl.arange(0, BLOCK_S)
-            m = tl.full([BLOCK_S], float("-inf"), tl.float32)
-            denominator = tl.zeros([BLOCK_S], tl.float32)
-            acc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-            for start in range(0, count, BLOCK_S):
-                present = start + s < count
-                at = (first + row + start + s) * width + column
-                weight = tl.load(lse + at, mask=present, other=float("-inf"))
-                value = tl.load(partial + at[:, None] * C + c[None, :], mask=present[:, None], other=0.0)
-                m_new = tl.maximum(m, weight)
-                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-                decay = tl.exp2(m - shift)
-                weight = tl.exp2(weight - shift)
-                denominator = denominator * decay + weight
-                acc = acc * decay[:, None] + value.to(tl.float32) * weight[:, None]
-                m = m_new
-            peak = tl.max(m, 0)
-            weight = tl.exp2(m - tl.where(peak == float("-inf"), 0.0, peak))
-            denominator_all = tl.sum(denominator * weight, 0)
-            result = tl.sum(acc * weight[:, None], 0) / tl.where(denominator_all == 0.0, 1.0, denominator_all)
-            tl.store(to, result.to(out.dtype.element_ty))
+    elif count > 1:
+        s = tl.arange(0, BLOCK_S)
+        m = tl.full([BLOCK_S], float("-inf"), tl.float32)
+        denominator = tl.zeros([BLOCK_S], tl.float32)
+        acc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+        for start in range(0, count, BLOCK_S):
+            present = start + s < count
+            at = (first + row + start + s) * width + column
+            weight = tl.load(lse + at, mask=present, other=float("-inf"))
+            value = tl.load(partial + at[:, None] * C + c[None, :], mask=present[:, None], other=0.0)
+            m_new = tl.maximum(m, weight)
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            decay = tl.exp2(m - shift)
+            weight = tl.exp2(weight - shift)
+            denominator = denominator * decay + weight
+            acc = acc * decay[:, None] + value.to(tl.float32) * weight[:, None]
+            m = m_new
+        peak = tl.max(m, 0)
+        weight = tl.exp2(m - tl.where(peak == float("-inf"), 0.0, peak))
+        denominator_all = tl.sum(denominator * weight, 0)
+        result = tl.sum(acc * weight[:, None], 0) / tl.where(denominator_all == 0.0, 1.0, denominator_all)
+        tl.store(to, result.to(out.dtype.element_ty))
 
 
 @dataclass(frozen=True)
@@ -206,6 +213,23 @@ class Config:
     shares: int | None = None
 
 
+class Shares(NamedTuple):
+    """What the first kernel leaves: `partial` [places, Q·Hq, C] and its log2-sum-exp `lse` [places, Q·Hq] float32, a
+    place for each (share, row) on the way from (0, 0) to (shares − 1, rows − 1); `shares` programs, tiles of `block_n`
+    tokens."""
+
+    partial: Tensor
+    lse: Tensor
+    shares: int
+    block_n: int
+
+    @classmethod
+    def empty(cls, shares: int, rows: int, width: int, rank: int, block_n: int, like: Tensor) -> Self:
+        partial = torch.empty(shares + rows - 1, width, rank, dtype=like.dtype, device=like.device)
+        lse = torch.empty(shares + rows - 1, width, dtype=torch.float32, device=like.device)
+        return cls(partial, lse, shares, block_n)
+
+
 class MlaDecode:
     """The op for one head shape; see `ops.MlaDecode`."""
 
@@ -217,13 +241,30 @@ class MlaDecode:
     def __call__(
         self, q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, block_table: Tensor, kv_len: Tensor, scale: float, /
     ) -> Tensor:
-        rows, num_queries, num_heads, rank = q_latent.shape
-        out = torch.empty(rows, num_queries, num_heads, rank, dtype=q_latent.dtype, device=q_latent.device)
-        if rows == 0:
-            return out
-        device, block_size = q_latent.device, kv_cache.shape[1]
+        out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+        if q_latent.shape[0]:
+            found = self._walk(q_latent, q_rope, kv_cache, block_table, kv_len, scale, out)
+            dependent = self._config(q_latent.device).dependent
+            merge_shares(found.partial, found.lse, kv_len, out, found.shares, found.block_n, dependent=dependent)
+        return out
+
+    def shares(
+        self, q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, block_table: Tensor, kv_len: Tensor, scale: float, /
+    ) -> Shares:
+        """The first kernel alone, for whoever merges: what every share found in every row it holds a part of."""
+        return self._walk(q_latent, q_rope, kv_cache, block_table, kv_len, scale, None)
+
+    def _config(self, device: torch.device) -> Config:
         hopper = is_hopper(device)
-        config = self.config or Config(tma=hopper, dependent=hopper)
+        return self.config or Config(tma=hopper, dependent=hopper)
+
+    def _walk(
+        self, q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, block_table: Tensor, kv_len: Tensor, scale: float,
+        out: Tensor | None,
+    ) -> Shares:  # fmt: skip
+        rows, num_queries, num_heads, rank = q_latent.shape
+        device, block_size = q_latent.device, kv_cache.shape[1]
+        config = self._config(device)
         block_n = math.gcd(64, block_size)
         width = num_queries * num_heads
         # 64 columns take 8 warps at the register limit: worth it only where 32 would read the cache four times.
@@ -231,9 +272,7 @@ class MlaDecode:
         columns = max(16, min(most, triton.next_power_of_2(width)))
         column_blocks = triton.cdiv(width, columns)
         shares = config.shares or max(1, num_multiprocessors(device) // column_blocks)
-        # One place for each (share, row) on the way from (0, 0) to (shares − 1, rows − 1).
-        partial = torch.empty(shares + rows - 1, width, rank, dtype=q_latent.dtype, device=device)
-        lse = torch.empty(shares + rows - 1, width, dtype=torch.float32, device=device)
+        found = Shares.empty(shares, rows, width, rank, block_n, q_latent)
         flat = kv_cache.view(-1, rank + self.rope_dim)
         pool: tuple[Any, Any] = (flat, flat)
         if config.tma:
@@ -242,18 +281,17 @@ class MlaDecode:
                 TensorDescriptor(flat, shape, strides, [block_n, rank]),
                 TensorDescriptor(flat, shape, strides, [block_n, self.rope_dim]),
             )
-        rows_padded = triton.next_power_of_2(rows)
         launch = {"launch_pdl": True} if config.dependent else {}
         _shares[shares, column_blocks](
-            q_latent, q_rope, flat, *pool, block_table, kv_len, out, partial, lse,
+            q_latent, q_rope, flat, *pool, block_table, kv_len, found.partial if out is None else out,
+            found.partial, found.lse,
             scale * LOG2_E, rows, num_queries, block_table.stride(0),
             *q_latent.stride()[:3], *q_rope.stride()[:3],
             HEADS=num_heads, C=rank, P=self.rope_dim, BLOCK_SIZE=block_size, BLOCK_N=block_n, COLUMNS=columns,
-            ROWS=rows_padded, ONE_QUERY=num_queries == 1, TMA=config.tma, DEPENDENT=config.dependent,
-            STAGES=config.stages, num_warps=8 if columns > 32 else 4, **launch,
+            ROWS=triton.next_power_of_2(rows), ONE_QUERY=num_queries == 1, FINISH=out is not None, TMA=config.tma,
+            DEPENDENT=config.dependent, STAGES=config.stages, num_warps=8 if columns > 32 else 4, **launch,
         )  # fmt: skip
-        merge_shares(partial, lse, kv_len, out, shares, block_n, dependent=config.dependent)
-        return out
+        return found
 
 
 def merge_shares(

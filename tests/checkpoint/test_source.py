@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
@@ -72,6 +73,27 @@ def test_a_load_format_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder = touch(tmp_path / "m", "config.json", "model.safetensors")
     assert "--load-format gguf" in refused(str(folder), "gguf")
     assert "--load-format safetensors" in refused(None, "safetensors")
+
+
+def test_a_dummy_needs_only_the_description(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "m", "config.json")
+    assert resolve(str(folder), "dummy").dummy and resolve(None, "dummy").dummy
+    touch(folder, "model.safetensors")
+    assert resolve(str(folder), "dummy").dummy and not resolve(str(folder)).dummy
+    assert "no config.json" in refused(str(touch(tmp_path / "empty")), "dummy")
+
+
+def test_the_weights_of_a_dummy_are_not_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(model: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(touch(tmp_path / "snapshot", "config.json", "model.safetensors"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert resolve("some-org/some-model", "dummy").name == "some-org/some-model"
+    resolve("some-org/some-model")
+    assert asked[0] == [pattern for pattern in asked[1] if pattern != "*.safetensors"] and len(asked[1]) > len(asked[0])
 
 
 @pytest.fixture

@@ -2,15 +2,19 @@
 // every call, and when all is over nothing may be left.
 //
 //   drive OPERATIONS FIRST_SEED SEEDS
+//
+// Built with -DTOKENSPEED_COUNT_TRANSITIONS it also prints how often each legal pair of state and event was taken.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "scheduler.h"
+#include "taken.h"
 
 namespace {
 
@@ -18,13 +22,17 @@ using namespace tokenspeed;
 
 class Driver {
  public:
-  explicit Driver(std::uint64_t seed) : random_(seed), limits_(draw()), scheduler_(limits_, chance(90), {seed, ~seed}) {
+  explicit Driver(std::uint64_t seed)
+      : seed_(seed), random_(seed), limits_(draw()), scheduler_(limits_, draw_policy(), chance(90), {seed, ~seed}) {
     rows_.resize(static_cast<std::size_t>(limits_.max_rows) * 7);
+    copies_.resize(static_cast<std::size_t>(limits_.max_copies) * 4);
     tokens_.resize(static_cast<std::size_t>(limits_.max_tokens));
     deltas_.resize(static_cast<std::size_t>(limits_.max_deltas) * 3);
     ids_.resize(static_cast<std::size_t>(limits_.max_rows));
     overlap_ = below(2);
     hungry_ = chance(50);
+    slow_copies_ = chance(40);
+    slow_loads_ = chance(40);
   }
 
   void run(std::int64_t operations) {
@@ -36,18 +44,27 @@ class Driver {
         changed_ += scheduler_.abort(below(8) ? some_id() : -1);
       } else if (dice < (hungry_ ? 14 : 17)) {
         finish();
+      } else if (dice < 20) {
+        abuse();
+      } else if (dice < 22) {
+        end_one_that("Retracting", "Fetching");
+      } else if (dice < (slow_copies_ ? 24 : 40) && !tickets_.empty()) {
+        land_copies(!slow_loads_);
       } else {
         advance();
       }
       check();
     }
-    for (int i = 0; scheduler_.num_unfinished() > 0; ++i) {
+    for (int i = 0; scheduler_.num_unfinished() > 0 || scheduler_.in_flight() > 0 || !tickets_.empty(); ++i) {
       if (i > 1'000'000) fail("requests never end");
+      if (!tickets_.empty() && chance(50)) land_copies();
       advance();
       check();
     }
     const Counters end = scheduler_.counters();
-    if (end.running + end.waiting + end.draining + end.blocks_used != 0) fail("something is left at the end");
+    if (end.running + end.waiting + end.draining + end.copies_in_flight + end.blocks_used != 0) {
+      fail("something is left at the end");
+    }
     preemptions_ = end.preemptions;
   }
 
@@ -68,7 +85,18 @@ class Driver {
     limits.max_deltas = limits.max_blocks + limits.max_rows + ceil_div(limits.max_tokens, limits.block_size);
     limits.max_model_len = 4 + below(100);
     limits.max_queued = 1 + below(12);
+    limits.num_host_blocks = chance(70) ? 1 + below(40) : 0;
+    limits.max_copies = 1 + below(12);
     return limits;
+  }
+
+  PolicySettings draw_policy() {
+    PolicySettings policy{};
+    policy.tps_floor = chance(60) ? 1 + below(200) : 0;
+    policy.floor_is_promise = chance(20);
+    policy.footprints = chance(70);
+    policy.max_queue_seconds = below(100);
+    return policy;
   }
 
   // One of the latest ids, in use or not.
@@ -94,9 +122,22 @@ class Driver {
     if (chance(20)) s.salt = salt;
     s.priority = below(3);
     s.reuse_prefix = chance(90);
+    s.now = now_;
+    s.session = chance(30) ? 1 + below(5) : 0;
+    s.tps_floor = chance(80) ? -1 : below(100);
     if (scheduler_.submit(s) == Refusal::kNone) {
       ++changed_;
       ids_given_ = std::max(ids_given_, s.id + 1);
+    }
+  }
+
+  // States that a request is seldom in would seldom see an end.
+  void end_one_that(const std::string& is, const std::string& or_is) {
+    if (scheduler_.counters().draining == 0 && tickets_.empty()) return;
+    for (const RequestDump& request : scheduler_.dump()) {
+      if (request.state != is && request.state != or_is) continue;
+      changed_ += chance(50) ? scheduler_.abort(request.id) : scheduler_.finish(request.id, 0);
+      return;
     }
   }
 
@@ -110,9 +151,44 @@ class Driver {
     const int in_flight = scheduler_.in_flight();
     if (in_flight == 0 || (in_flight <= overlap_ && chance(70))) {
       if (plan()) return;
+      if (in_flight == 0 && !tickets_.empty()) return land_copies();
       if (in_flight == 0 && scheduler_.num_unfinished() > 0) fail("work is left and nothing moves");
     }
     if (scheduler_.in_flight() > 0) commit();
+  }
+
+  // Some of the copies that are under way end, in any order.
+  void land_copies(bool loads_too = true) {
+    std::vector<std::int32_t> landed, failed;
+    for (int i = 1 + below(static_cast<int>(tickets_.size())); i > 0; --i) {
+      const auto at = static_cast<std::size_t>(below(static_cast<int>(tickets_.size())));
+      if (tickets_[at].is_load && !loads_too) continue;
+      (chance(5) ? failed : landed).push_back(tickets_[at].id);
+      tickets_[at] = tickets_.back();
+      tickets_.pop_back();
+    }
+    if (landed.empty() && failed.empty()) return;
+    if (scheduler_.land_copies(landed, failed) != Misuse::kNone) fail("the end of a copy was refused");
+    if (scheduler_.land_copies(landed, failed) != Misuse::kNoSuchTicket) fail("a copy ended twice");
+    ++changed_;
+  }
+
+  // Calls that make no sense: `check` runs after them, and the counters must be what they were.
+  void abuse() {
+    const Counters before = scheduler_.counters();
+    const std::int32_t some = tickets_.empty() ? 0 : tickets_.front().id;
+    const std::int32_t twice[] = {some, some};
+    const std::int32_t unknown[] = {1'000'000};
+    if (scheduler_.land_copies(twice, {}) != Misuse::kNoSuchTicket) fail("a ticket was accepted twice");
+    if (scheduler_.land_copies({}, unknown) != Misuse::kNoSuchTicket) fail("an unknown ticket was accepted");
+    if (scheduler_.commit(planned_ + 100, {}, {}, 0) != Misuse::kNoSuchStep) fail("an unknown step was committed");
+    PlanArrays none{};
+    if (planned_ && scheduler_.in_flight() < 2 && scheduler_.plan(-1, none) != Misuse::kTimeRunsBackwards) {
+      fail("time ran backwards");
+    }
+    if (scheduler_.abort(-5) || scheduler_.finish(-5, 0)) fail("an unknown request ended");
+    const Counters after = scheduler_.counters();
+    if (std::memcmp(&before, &after, sizeof before) != 0) fail("a call that makes no sense changed something");
   }
 
   bool plan() {
@@ -127,8 +203,19 @@ class Driver {
     plan.token_ids = tokens_.data();
     plan.table_delta = deltas_.data();
     plan.bound_ids = ids_.data();
-    if (scheduler_.plan(static_cast<double>(++planned_), plan) != Misuse::kNone) fail("a plan was refused");
-    if (plan.num_rows == 0) return false;
+    plan.copies = copies_.data();
+    now_ += chance(3) ? below(200) : 0.01;
+    ++planned_;
+    if (scheduler_.plan(now_, plan) != Misuse::kNone) fail("a plan was refused");
+    if (plan.empty()) return false;
+    if (plan.num_tokens > limits_.max_tokens || plan.num_deltas > limits_.max_deltas ||
+        plan.num_copies > limits_.max_copies || plan.num_rows > limits_.max_rows) {
+      fail("a plan is larger than its limits");
+    }
+    for (std::int32_t i = 0; i < plan.num_copies; ++i) {
+      const std::int32_t* copy = &copies_[static_cast<std::size_t>(i) * 4];
+      tickets_.push_back({copy[0], copy[1] == kToDevice});
+    }
     samples_.push_back(plan.num_samples);
     ++changed_;
     return true;
@@ -139,9 +226,10 @@ class Driver {
     samples_.erase(samples_.begin());
     std::vector<TokenId> tokens(count);
     std::vector<std::int32_t> counts(count, 1);
+    const double seconds = chance(90) ? (1 + below(50)) * 1e-3 : 0;
     for (TokenId& token : tokens) token = chance(2) ? kNotFinite : below(5);
-    if (scheduler_.commit(++committed_, tokens, counts) != Misuse::kNone) fail("a commit was refused");
-    if (scheduler_.commit(committed_, tokens, counts) != Misuse::kNoSuchStep) fail("a step was committed twice");
+    if (scheduler_.commit(++committed_, tokens, counts, seconds) != Misuse::kNone) fail("a commit was refused");
+    if (scheduler_.commit(committed_, tokens, counts, 0) != Misuse::kNoSuchStep) fail("a step was committed twice");
     ++changed_;
   }
 
@@ -150,24 +238,50 @@ class Driver {
   }
 
   [[noreturn]] void fail(const std::string& what) {
-    std::fprintf(stderr, "after %lld changes: %s\n", static_cast<long long>(changed_), what.c_str());
+    std::fprintf(stderr, "seed %llu, after %lld changes: %s\n", static_cast<unsigned long long>(seed_),
+                 static_cast<long long>(changed_), what.c_str());
+    for (const RequestDump& request : scheduler_.dump()) {
+      std::fprintf(stderr, "  request %lld %s: %d known, %d computed, %zu blocks\n", static_cast<long long>(request.id),
+                   request.state.c_str(), request.known, request.computed, request.blocks.size());
+    }
+    const Counters now = scheduler_.counters();
+    std::fprintf(stderr, "  %d of %d blocks free, %d cached, %d of %d host blocks used, %d copies, %d sessions wait\n",
+                 now.blocks_free, limits_.num_blocks, now.blocks_cached, now.host_blocks_used, limits_.num_host_blocks,
+                 now.copies_in_flight, now.sessions_waiting);
     std::exit(1);
   }
 
+  std::uint64_t seed_;
   std::mt19937_64 random_;
   Limits limits_;
   Scheduler scheduler_;
-  std::vector<std::int32_t> rows_, tokens_, deltas_;
+  std::vector<std::int32_t> rows_, tokens_, deltas_, copies_;
+  struct Ticket {
+    std::int32_t id;
+    bool is_load;
+  };
+  std::vector<Ticket> tickets_;
   std::vector<std::int64_t> ids_;
   std::vector<std::int32_t> samples_;
   RequestId ids_given_ = 0;
   int overlap_ = 0;
   bool hungry_ = false;  // requests are short and go on to their greatest length, so that they starve each other
+  double now_ = 0;
+  bool slow_copies_ = false;
+  bool slow_loads_ = false;  // they land only when nothing else moves
   std::int64_t planned_ = 0;
   std::int64_t committed_ = 0;
   std::int64_t changed_ = 0;
   std::int64_t preemptions_ = 0;
 };
+
+void print_transitions() {
+#define PAIR(State, Event, ...) \
+  std::printf("%-16s %-10s %14lld\n", #State, #Event, static_cast<long long>(times_taken<State, Event>));
+#define REQUEST PAIR
+#define BLOCK PAIR
+#include "transitions.inc"
+}
 
 }  // namespace
 
@@ -189,5 +303,6 @@ int main(int argc, char** argv) {
   }
   std::printf("%lld seeds, %lld calls that changed state, %lld preemptions, 0 violations\n",
               static_cast<long long>(seeds), static_cast<long long>(changed), static_cast<long long>(preemptions));
+  if (kCountTransitions) print_transitions();
   return 0;
 }

@@ -1,8 +1,8 @@
-"""A device that remembers, for every position of every KV block, what was written there, by whom and when.
+"""A device and a host that remember, for every position of every KV block, what was written there, by whom and when.
 
 What a position means is the whole chain of tokens up to it, so a row that reads a block with the right token after
 the wrong prefix is caught, like one that reads another tenant's block. Steps run in launch order, each at any
-moment between its launch and its landing.
+moment between its launch and its landing. A copy moves its block when it lands; one that fails leaves garbage.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tokenspeed.batch import NOT_FINITE, ON_DEVICE, Plan
+
+TO_HOST, TO_DEVICE = 0, 1
+NOWHERE = -2
+"""The chain of garbage: equal to no other."""
 
 
 class Chains:
@@ -27,6 +31,11 @@ class Chains:
     def next(self, chain: int, token: int) -> int:
         return self.numbers.setdefault((chain, token), len(self.numbers))
 
+    def of(self, salt: bytes, tokens: Iterable[int]) -> list[int]:
+        """The chain of each of these tokens."""
+        chain = self.root(salt)
+        return [chain := self.next(chain, token) for token in tokens]
+
 
 def next_token(chain: int, vocab: int) -> int:
     """The model: a function of all tokens so far."""
@@ -38,6 +47,15 @@ class Cell:
     chain: int
     writer: int  # request id
     step: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """A copy under way between the device block and the place on the host."""
+
+    direction: int
+    block: int
+    place: int
 
 
 @dataclass
@@ -58,25 +76,34 @@ class Launched:
     deltas: list[tuple[int, int, int]]
     released: list[int]
     bound: list[tuple[int, int]]
+    tickets: list[int]
     touched: set[int] = field(default_factory=set)  # blocks
     written: set[int] = field(default_factory=set)
     tokens: list[int] | None = None  # the samples, once it has run
 
 
 class Shadow:
-    """`num_blocks` blocks of `block_size` positions. Every promise of a plan that breaks is an AssertionError."""
+    """`num_blocks` blocks of `block_size` positions, and places for `num_host_blocks` more on the host.
 
-    def __init__(self, num_blocks: int, block_size: int, num_slots: int, vocab: int, rng: np.random.Generator) -> None:
+    Every promise of a plan that breaks is an AssertionError.
+    """
+
+    def __init__(
+        self, num_blocks: int, num_host_blocks: int, block_size: int, vocab: int, rng: np.random.Generator
+    ) -> None:
         self.size = block_size
         self.vocab = vocab
         self.rng = rng
         self.chains = Chains()
         self.memory: list[list[Cell | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.host: list[list[Cell | None]] = [[None] * block_size for _ in range(num_host_blocks)]
         self.truth: dict[int, Truth] = {}
         # As planned: what the host has been promised so far.
         self.owner: dict[int, int] = {}  # slot → request id
         self.tables: dict[int, dict[int, int]] = {}  # slot → position → block
+        self.borrowed: dict[int, set[int]] = {}  # slot → positions that a step in flight touched when it was bound
         self.launched: list[Launched] = []
+        self.moves: dict[int, Move] = {}  # ticket → copy under way
         # As run.
         self.run_tables: dict[int, dict[int, int]] = {}
         self.last_token: dict[int, int] = {}
@@ -86,34 +113,41 @@ class Shadow:
         self.reads = 0
 
     def submit(self, request_id: int, prompt: Iterable[int], salt: bytes) -> None:
-        root = chain = self.chains.root(salt)
-        chains = [chain := self.chains.next(chain, token) for token in prompt]
-        self.truth[request_id] = Truth(root, chains)
+        self.truth[request_id] = Truth(self.chains.root(salt), self.chains.of(salt, prompt))
 
     def launch(self, plan: Plan) -> Launched:
         """Take in a plan, checking all that can be checked before it runs."""
-        step = Launched(plan.step, [], [], plan.released.tolist(), [])
+        step = Launched(plan.step, [], [], plan.released.tolist(), [], [])
+        assert len(set(step.released)) == len(step.released), "a slot is released twice"
         for slot in step.released:
-            assert not any(slot == row[0] for other in self.launched for row in other.rows), "released before landing"
-            del self.owner[slot], self.tables[slot]
+            assert not self.in_use(slot), "a slot is released before its last step has landed"
+            if slot in self.owner:  # else it was taken for a request that left before it was bound
+                del self.owner[slot], self.tables[slot]
         for (slot, index), request_id in zip(plan.bound.tolist(), plan.bound_ids.tolist(), strict=True):
             assert index == len(step.bound) and slot not in self.owner, "a slot is bound twice"
-            assert not any(slot == row[0] for other in self.launched for row in other.rows), "a slot is bound early"
+            assert not self.in_use(slot), "a slot is bound early"
             self.owner[slot] = request_id
             self.tables[slot] = {}
+            self.borrowed[slot] = set()
             step.bound.append((slot, request_id))
         self.take_rows(plan, step)
         self.take_deltas(plan, step)
         for slot, _, new, computed, _, _ in step.rows:
             table = self.tables[slot]
             blocks = [table[p] for p in range(-(-(computed + new) // self.size))]
+            own = range(computed // self.size, len(table))
+            assert not self.borrowed.pop(slot, set()).intersection(own), "a block was handed out before it had landed"
             step.touched.update(blocks)
             written = blocks[computed // self.size :]
             step.written.update(written)
             for other, their in self.tables.items():
                 assert other == slot or not set(their.values()) & set(written), "a block is written and shared"
         self.launched.append(step)
+        self.take_copies(plan, step)
         return step
+
+    def in_use(self, slot: int) -> bool:
+        return any(slot == row[0] for step in self.launched for row in step.rows)
 
     def take_rows(self, plan: Plan, step: Launched) -> None:
         start = 0
@@ -127,17 +161,48 @@ class Shadow:
         assert len({row[0] for row in step.rows}) == len(step.rows), "a slot has two rows"
 
     def take_deltas(self, plan: Plan, step: Launched) -> None:
-        computed = {row[0]: row[3] for row in step.rows}
         for slot, position, block in plan.table_delta.tolist():
             assert position == len(self.tables[slot]), "a block table has a hole"
             assert 0 <= block < len(self.memory)
+            assert block not in self.moving_blocks(), "a block is handed out while it is being copied"
             for other in self.launched:
-                if position < computed[slot] // self.size:
-                    assert block not in other.written, "a hit on a block that a launched step still writes"
-                else:
-                    assert block not in other.touched, "a block is handed out before its last step has landed"
+                assert block not in other.written, "a block is handed out before its last writer has landed"
+                if block in other.touched:  # right for a hit: the request's first row tells which are hits
+                    assert slot in self.borrowed, "a block is handed out before its last reader has landed"
+                    self.borrowed[slot].add(position)
             self.tables[slot][position] = block
             step.deltas.append((slot, position, block))
+
+    # --- copies ---
+
+    def moving_blocks(self) -> set[int]:
+        return {move.block for move in self.moves.values()}
+
+    def take_copies(self, plan: Plan, step: Launched) -> None:
+        held = {block for table in self.tables.values() for block in table.values()}
+        touched = {block for launched in self.launched for block in launched.touched}
+        for ticket, direction, source, target in plan.copies.tolist():
+            block, place = (source, target) if direction == TO_HOST else (target, source)
+            assert direction in (TO_HOST, TO_DEVICE) and ticket not in self.moves, "a ticket is given twice"
+            assert block not in self.moving_blocks(), "a block is copied twice at once"
+            assert all(place != move.place for move in self.moves.values()), "a place is copied twice at once"
+            assert block not in held and block not in touched, "a block is copied while somebody uses it"
+            self.moves[ticket] = Move(direction, block, place)
+            step.tickets.append(ticket)
+
+    def content(self, ticket: int) -> list[int]:
+        """The chains that a copy carries."""
+        move = self.moves[ticket]
+        source = self.memory[move.block] if move.direction == TO_HOST else self.host[move.place]
+        return [cell.chain if cell else NOWHERE for cell in source]
+
+    def land_copy(self, ticket: int, *, failed: bool) -> None:
+        move = self.moves.pop(ticket)
+        device, host = self.memory[move.block], self.host[move.place]
+        source, target = (device, host) if move.direction == TO_HOST else (host, device)
+        target[:] = [Cell(NOWHERE, -1, 0)] * self.size if failed else source
+
+    # --- as run ---
 
     def run(self, step: Launched) -> None:
         """Execute a step: read every position before each row, write the row's own, sample."""

@@ -2,72 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from tokenspeed._core import Misuse, Refusal, Scheduler, Stats
-from tokenspeed.batch import NOT_FINITE, ON_DEVICE, BatchLimits, Finish, Int32Array, Outputs, Plan, PlanBuffers
-
-LIMITS = BatchLimits(max_rows=4, max_tokens=16, max_blocks=16, block_size=4)
-
-
-def int32(values: Sequence[int]) -> Int32Array:
-    return np.array(values, dtype=np.int32)
-
-
-class Driver:
-    """A scheduler with two plan buffers, and shorter words for its calls."""
-
-    def __init__(self, limits: BatchLimits = LIMITS, **sizes: Any) -> None:
-        given: dict[str, Any] = {"num_blocks": 16, "max_model_len": 64, "max_queued": 8, "prefix_caching": True}
-        self.core = Scheduler(limits=limits, hash_key=b"k" * 16, **(given | sizes))
-        self.buffers = [PlanBuffers(limits) for _ in range(2)]
-        self.now = 0.0
-
-    def submit(self, request_id: int, prompt: Sequence[int], **wishes: Any) -> Refusal | None:
-        given: dict[str, Any] = {"max_tokens": None, "stop_ids": int32(wishes.pop("stop", []))}
-        return self.core.submit(request_id, int32(prompt), **(given | wishes))
-
-    def plan(self) -> Plan | None:
-        self.now += 1.0
-        plan = self.core.plan(self.now, self.buffers[int(self.now) % 2])
-        assert self.core.check() is None
-        return plan
-
-    def must_plan(self) -> Plan:
-        plan = self.plan()
-        assert plan is not None
-        return plan
-
-    def commit(self, plan: Plan, *tokens: int) -> Outputs:
-        outputs = self.core.commit(plan.step, int32(tokens).reshape(-1, 1), int32([1] * len(tokens)))
-        assert self.core.check() is None
-        return outputs
-
-    def step(self, *tokens: int) -> Outputs:
-        return self.commit(self.must_plan(), *tokens)
-
-    def run_out(self, token: int = 5) -> list[tuple[int, Finish]]:
-        """Run to the end with one token for all; which requests ended, and why."""
-        ended = []
-        while self.core.has_work:
-            plan = self.must_plan()
-            outputs = self.commit(plan, *[token] * plan.num_samples)
-            ended += finishes(outputs)
-        return ended
-
-    @property
-    def stats(self) -> Stats:
-        return self.core.stats()
-
-
-def finishes(outputs: Outputs) -> list[tuple[int, Finish]]:
-    pairs = zip(outputs.request_ids.tolist(), outputs.finish.tolist(), strict=True)
-    return [(request_id, Finish(finish)) for request_id, finish in pairs if finish]
-
+from tests.core.driver import LIMITS, Driver, finishes, int32, prompt_of
+from tokenspeed._core import Misuse, Policy, Refusal, Scheduler
+from tokenspeed.batch import NOT_FINITE, ON_DEVICE, BatchLimits, Finish, PlanBuffers
 
 # --- a request's walk ---
 
@@ -210,6 +152,15 @@ def test_finish_does_not_count_the_tokens_after_the_stop() -> None:
     assert d.stats.generated_tokens == 2
 
 
+def test_outputs_stay_as_they_were_when_later_steps_commit() -> None:
+    d = Driver()
+    d.submit(7, prompt_of(9), stop=[4])
+    first, last = d.step(3), d.step(4)
+    assert list(first.entries()) == [(7, 0, 3, 1, Finish.NONE, -1, 0)]
+    assert list(last.entries()) == [(7, 0, 4, 1, Finish.STOP, 4, 0)]
+    assert first.tokens.tolist() == [[3]] and not first.tokens.flags.writeable
+
+
 def test_a_freed_slot_is_reported_once() -> None:
     d = Driver()
     d.submit(1, range(3), max_tokens=1)
@@ -223,10 +174,6 @@ def test_a_freed_slot_is_reported_once() -> None:
 
 
 # --- the prefix cache ---
-
-
-def prompt_of(length: int, start: int = 0) -> list[int]:
-    return list(range(start, start + length))
 
 
 def test_a_prompt_seen_before_is_not_computed_again_but_for_its_last_token() -> None:
@@ -345,7 +292,7 @@ def test_a_failure_leaves_the_blocks_that_it_only_read() -> None:
 
 
 def test_only_the_head_of_the_queue_is_admitted() -> None:
-    d = Driver(num_blocks=8)
+    d = Driver(num_blocks=8, policy=Policy(footprints=False))
     d.submit(1, prompt_of(12))
     d.step(5)
     d.submit(2, prompt_of(20, start=50))
@@ -466,8 +413,8 @@ def test_misuse_is_an_error_for_that_call_alone() -> None:
         lambda: d.submit(2, [1], max_tokens=-1),
         lambda: d.submit(2, [1], max_tokens=True),
         lambda: d.submit(2, [1], min_tokens=-1),
-        lambda: d.core.submit(2, np.zeros(3, np.int64), max_tokens=1, stop_ids=int32([])),
-        lambda: d.core.submit(2, np.zeros((2, 2), np.int32), max_tokens=1, stop_ids=int32([])),
+        lambda: d.core.submit(2, np.zeros(3, np.int64), now=0.0, max_tokens=1, stop_ids=int32([])),
+        lambda: d.core.submit(2, np.zeros((2, 2), np.int32), now=0.0, max_tokens=1, stop_ids=int32([])),
     ]
     for call in calls:
         with pytest.raises(Misuse):

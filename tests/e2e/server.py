@@ -33,13 +33,13 @@ def get(url: str, timeout: float = 5.0) -> tuple[int, str]:
 
 
 class Server:
-    """One server process; `url` is its address, `log` the file of its output."""
+    """One server process of `program`, a module and its arguments; `url` is its address, `log` has its output."""
 
-    def __init__(self, log: Path, *flags: str) -> None:
+    def __init__(self, log: Path, *flags: str, program: tuple[str, ...] = ("tokenspeed.entrypoints.api",)) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [sys.executable, "-m", "tokenspeed.entrypoints.api", "--port", str(self.port), *flags]
+        command = [sys.executable, "-m", *program, "--port", str(self.port), *flags]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ
@@ -86,9 +86,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(log: Path, *flags: str) -> Iterator[Server]:
+def serving(log: Path, *flags: str, program: tuple[str, ...] = ("tokenspeed.entrypoints.api",)) -> Iterator[Server]:
     """A ready server that is gone afterwards."""
-    server = Server(log, *flags)
+    server = Server(log, *flags, program=program)
     try:
         server.wait_ready()
         yield server

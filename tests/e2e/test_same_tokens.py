@@ -14,6 +14,8 @@ from tokenspeed import AsyncEngine, EngineConfig, SamplingParams
 NUM_PROMPTS = 20
 NUM_TOKENS = 40
 BLOCK = 16
+BYTES_PER_TOKEN = 3 * 2 * 2 * 16 * 4
+"""Of the toy model's KV cache in float32: layers, keys and values, heads, dimensions."""
 
 
 def prompts() -> list[list[int]]:
@@ -52,9 +54,9 @@ def config(folder: Path, **changes: object) -> EngineConfig:
     return EngineConfig(**settings)  # type: ignore[arg-type]
 
 
-async def one(engine: AsyncEngine, prompt: list[int]) -> tuple[list[int], int]:
+async def one(engine: AsyncEngine, prompt: list[int], num_tokens: int = NUM_TOKENS) -> tuple[list[int], int]:
     """The tokens of one greedy request, and how many prompt tokens came from the cache."""
-    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     tokens: list[int] = []
     cached = 0
     async for out in engine.generate(prompt, params):
@@ -111,19 +113,48 @@ def test_batched_and_chunked_at_odd_sizes(
 
 
 @pytest.mark.parametrize("overlap", [0, 1])
-def test_preempted_and_computed_again(
-    checkpoint: tuple[Path, list[list[int]], list[list[int]]], overlap: int
-) -> None:
+def test_preempted_and_computed_again(checkpoint: tuple[Path, list[list[int]], list[list[int]]], overlap: int) -> None:
     folder, asked, expected = checkpoint
 
     async def run() -> None:
         # Room for about two of the long requests: the rest take turns.
-        tight = config(folder, overlap=overlap, kv_cache_bytes=48 * BLOCK * 3 * 2 * 2 * 16 * 4)
+        tight = config(folder, overlap=overlap, kv_cache_bytes=48 * BLOCK * BYTES_PER_TOKEN)
         async with AsyncEngine(tight, in_process=True) as engine:
             assert engine.facts.num_blocks == 48
             got = await asyncio.gather(*(one(engine, prompt) for prompt in asked))
             assert [tokens for tokens, _ in got] == expected
             assert engine.stats().num_preemptions > 0
+            await at_rest(engine)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+@pytest.mark.parametrize(("block", "num_blocks", "num_tokens"), [(16, 5, 40), (64, 3, 40), (256, 3, 100)])
+def test_every_size_of_block_and_chunk_gives_the_same_tokens(
+    tmp_path: Path, block: int, num_blocks: int, num_tokens: int, chunk: int
+) -> None:
+    """Several requests cross a block border at once and the pool is one block short: somebody must give way."""
+    reference = toy_llama(tmp_path, seed=3)
+    draw = random.Random(block)
+    asked = [[draw.randrange(3, VOCAB_SIZE) for _ in range(block - short)] for short in (3, 5, 4)]
+    expected = [greedy(reference, prompt, num_tokens) for prompt in asked]
+    tight = config(
+        tmp_path,
+        block_size=block,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=min(chunk, 8),
+        session_admission=False,
+        kv_cache_bytes=num_blocks * block * BYTES_PER_TOKEN,
+    )
+
+    async def run() -> None:
+        async with AsyncEngine(tight, in_process=True) as engine:
+            assert engine.facts.num_blocks == num_blocks
+            got = await asyncio.gather(*(one(engine, prompt, num_tokens) for prompt in asked))
+            assert [tokens for tokens, _ in got] == expected
+            # With one token a step there is one request at a time, and nobody to give way.
+            assert chunk == 1 or engine.stats().num_preemptions > 0
             await at_rest(engine)
 
     asyncio.run(run())

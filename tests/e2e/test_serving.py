@@ -116,18 +116,17 @@ def test_200_streams_a_third_of_them_dropped_leave_nothing_behind(server: Server
     draw = random.Random(1)
     canary = {"model": "toy", "prompt": "canary", "max_tokens": 12, "temperature": 0}
 
-    async def one(session: aiohttp.ClientSession, index: int, drop_after: float | None) -> str:
+    async def one(session: aiohttp.ClientSession, index: int, drop_after: int | None) -> str:
         body = {"model": "toy", "prompt": f"stream {index} " * 12, "max_tokens": 60, "stream": True, "ignore_eos": True}
         if drop_after is not None:
             await asyncio.sleep(draw.random())
         async with session.post(f"{server.url}/v1/completions", json=body) as response:
             assert response.status == 200
-            last = b""
-            began = time.monotonic()
+            last, lines = b"", 0
             async for line in response.content:
                 if line.strip():
-                    last = line.strip()
-                if drop_after is not None and time.monotonic() - began > drop_after:
+                    last, lines = line.strip(), lines + 1
+                if drop_after is not None and lines > drop_after:
                     response.close()
                     return "dropped"
         return "done" if last == b"data: [DONE]" else last.decode()
@@ -137,7 +136,7 @@ def test_200_streams_a_third_of_them_dropped_leave_nothing_behind(server: Server
         async with aiohttp.ClientSession(connector=connector) as session:
             async with session.post(f"{server.url}/v1/completions", json=canary) as response:
                 before = (await response.json())["choices"][0]["text"]
-            jobs = [one(session, i, draw.uniform(0, 1.5) if i % 3 == 0 else None) for i in range(200)]
+            jobs = [one(session, i, draw.randrange(20) if i % 3 == 0 else None) for i in range(200)]
             ends = await asyncio.gather(*jobs)
             await at_rest(server)
             async with session.post(f"{server.url}/v1/completions", json=canary) as response:
@@ -145,10 +144,8 @@ def test_200_streams_a_third_of_them_dropped_leave_nothing_behind(server: Server
         return ends
 
     ends = asyncio.run(run())
-    assert set(ends) <= {"done", "dropped"}
-    assert all(end == "done" for index, end in enumerate(ends) if index % 3)
-    assert ends.count("dropped") >= 20
-    assert server.metric("num_aborts_total") >= ends.count("dropped") / 2
+    assert ends == ["done" if index % 3 else "dropped" for index in range(200)]
+    assert server.metric("num_aborts_total") >= ends.count("dropped") / 2, "the others were done before it was seen"
     assert server.metric("slowest_abort_steps") <= 2 or server.metric("slowest_abort_seconds") <= 0.1
 
 
@@ -176,7 +173,7 @@ def test_ctrl_c_lets_admitted_streams_end_and_exits_0(tmp_path: Path) -> None:
         assert server.process.wait(20) == 0
 
 
-def test_a_killed_engine_ends_its_streams_and_turns_health_to_503(tmp_path: Path) -> None:
+def test_a_killed_engine_ends_its_streams_turns_health_to_503_and_is_replaced(tmp_path: Path) -> None:
     toy_llama(tmp_path / "toy", max_position_embeddings=8192)
     with serving(tmp_path / "log", "--model", str(tmp_path / "toy"), "--num-threads", "1") as server:
 
@@ -199,3 +196,9 @@ def test_a_killed_engine_ends_its_streams_and_turns_health_to_503(tmp_path: Path
         last, seconds = asyncio.run(run())
         assert b'"error"' in last and seconds < 1.0
         assert get(f"{server.url}/health")[0] == 503
+        server.wait_ready()
+        again = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0).completions.create(
+            model="toy", prompt="once", max_tokens=5, extra_body={"ignore_eos": True}
+        )
+        assert again.usage is not None and again.usage.completion_tokens == 5
+        assert server.metric("engine_restarts_total") == 1

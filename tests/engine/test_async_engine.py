@@ -79,7 +79,7 @@ def test_a_request_that_cannot_be_served_is_refused_before_it_is_admitted(folder
                 with pytest.raises(InvalidRequest) as refused:
                     await engine.submit(prompt, params)  # type: ignore[arg-type]
                 assert refused.value.param == field
-            for wrong in ({"priority": 2**31}, {"cache_salt": "\ud800"}):
+            for wrong in ({"priority": 2**31}, {"cache_salt": "\ud800"}, {"tps_floor": -1.0}):
                 with pytest.raises(InvalidRequest) as refused:
                     await engine.submit([1], SHORT, **wrong)  # type: ignore[arg-type]
                 assert refused.value.param == next(iter(wrong))
@@ -90,9 +90,9 @@ def test_a_request_that_cannot_be_served_is_refused_before_it_is_admitted(folder
 
 
 def test_what_slips_past_the_front_end_is_refused_at_the_engines_own_door(folder: Path) -> None:
-    def submit(id: int, prompt: list[int], params: bytes, **more: int) -> Submit:
+    def submit(id: int, prompt: list[int], params: bytes, **more: float) -> Submit:
         raw = np.array(prompt, dtype="<i4").tobytes()
-        return Submit(id=id, prompt=raw, params=msgspec.Raw(params), seed=1, **more)
+        return Submit(id=id, prompt=raw, params=msgspec.Raw(params), seed=1, **more)  # type: ignore[arg-type]
 
     async def run() -> None:
         link = ProcessLink(log_level="error")
@@ -107,6 +107,9 @@ def test_what_slips_past_the_front_end_is_refused_at_the_engines_own_door(folder
                 submit(1005, [-1], good),
                 submit(1006, [], good),
                 submit(1007, [1], good, priority=2**40),
+                submit(1008, [1], good, session=-1),
+                submit(1009, [1], good, tps_floor=-1.0),
+                submit(1010, [1], good, tps_floor=float("nan")),
             ]
         ):
             link.send(bad)
@@ -225,6 +228,80 @@ def test_a_full_queue_refuses_all_choices_of_a_request_or_none(folder: Path) -> 
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("length", "changes", "asked", "found"),
+    [
+        (100, {}, {}, 2 * 96),
+        (10, {}, {}, 0),
+        (100, {"enable_prefix_caching": False}, {}, 0),
+        (100, {}, {"prompt_logprobs": 0}, 0),
+        (100, {"max_num_seqs": 1}, {}, 2 * 96),
+    ],
+    ids=["long", "shorter than a block", "no cache", "prompt log-probabilities", "one at a time"],
+)
+def test_choices_after_the_first_find_its_prompt_in_the_cache(
+    folder: Path, length: int, changes: dict[str, object], asked: dict[str, int], found: int
+) -> None:
+    async def run() -> None:
+        async with AsyncEngine(config(folder, **changes), in_process=True) as engine:
+            params = SamplingParams(temperature=1.0, max_tokens=6, n=3, seed=4, ignore_eos=True, **asked)
+            outputs = [output async for output in engine.generate(list(range(3, 3 + length)), params)]
+            assert [output.index for output in outputs if output.finish_reason == "length"] == [0, 1, 2]
+            texts = [[t for o in outputs if o.index == index for t in o.token_ids] for index in range(3)]
+            assert [len(ids) for ids in texts] == [6, 6, 6] and len(set(map(tuple, texts))) == 3
+            await at_rest(engine)
+            assert engine.stats().cached_tokens == found
+
+    asyncio.run(run())
+
+
+def test_an_abort_between_the_first_choice_and_the_others_ends_them_all(folder: Path) -> None:
+    async def run() -> None:
+        async with AsyncEngine(config(folder, max_num_seqs=1), in_process=True) as engine:
+            blocker = await engine.submit([1], LONG)
+            await anext(blocker)
+            params = SamplingParams(max_tokens=5, n=3)
+            waiting = asyncio.create_task(engine.submit(list(range(3, 53)), params, request_id="mine"))
+            gone = asyncio.create_task(engine.submit(list(range(3, 53)), params))
+            while engine.stats().waiting < 2:
+                await asyncio.sleep(0.01)
+            assert await engine.abort("mine") is True
+            stream = await waiting
+            assert sorted([output.index async for output in stream]) == [0, 1, 2]
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+            await blocker.abort()
+            await at_rest(engine)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("engines", "refused"), [(None, False), (0.0, False), (1e6, True)])
+def test_only_a_given_floor_refuses_and_a_request_may_have_another(
+    folder: Path, engines: float | None, refused: bool
+) -> None:
+    async def run() -> None:
+        async with AsyncEngine(config(folder, tps_floor=engines), in_process=True) as engine:
+            learned = SamplingParams(max_tokens=30, ignore_eos=True)
+            async for _ in engine.generate([1, 2], learned, tps_floor=0.0):
+                pass
+            if refused:
+                with pytest.raises(InvalidRequest, match="floor"):
+                    await engine.submit([3], SHORT)
+            else:
+                await (await engine.submit([3], SHORT)).abort()
+            assert [output async for output in engine.generate([3], SHORT, tps_floor=0.0)]
+            with pytest.raises(InvalidRequest) as impossible:
+                await engine.submit([3], SHORT, tps_floor=1e7)
+            assert (impossible.value.param, impossible.value.retry_after) == ("tps_floor", None)
+            await at_rest(engine)
+            while engine.stats().refusals != {"floor_out_of_reach": 1 + refused}:  # seen with the next heartbeat
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
 def test_an_engine_that_is_over_says_so(folder: Path) -> None:
     async def run() -> None:
         engine = AsyncEngine(config(folder), in_process=True)
@@ -283,4 +360,7 @@ def test_llm_is_the_blocking_face(folder: Path) -> None:
         assert [choice.index for choice in choices] == [0, 1]
         with pytest.raises(InvalidRequest):
             llm.generate("", SHORT)
+        assert llm.generate([1], SamplingParams(max_tokens=30, ignore_eos=True), tps_floor=0.001)[0][0].token_ids
+        with pytest.raises(InvalidRequest, match="floor"):
+            llm.generate([[1], [2]], SHORT, tps_floor=1e7)
     llm.close()

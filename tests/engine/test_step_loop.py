@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from tokenspeed._core import Refusal
+from tokenspeed._core import Policy, Refusal
 from tokenspeed._core.scheduler import Scheduler
 from tokenspeed.batch import NOT_FINITE, BatchLimits, Finish, Plan, PlanBuffers, StepResult, StepTimes
 from tokenspeed.engine.messages import ChoiceTokens, Submit
 from tokenspeed.engine.step_loop import StepLoop
-from tokenspeed.executor.interface import Binding
+from tokenspeed.executor.interface import Binding, Mask
 from tokenspeed.request import SamplingParams
 
 LIMITS = BatchLimits(max_rows=8, max_tokens=64, max_blocks=16, block_size=16)
@@ -23,6 +23,11 @@ EOS = 9
 
 
 class ScriptedFlight:
+    masked = ()
+
+    def mask(self, masks: Sequence[Mask]) -> None:
+        assert not masks
+
     def __init__(self, device: ScriptedDevice, plan: Plan) -> None:
         self._device = device
         self._plan = plan
@@ -39,17 +44,18 @@ class ScriptedFlight:
             np.ones(len(samples), dtype=np.int32),
             None,
             {},
-            StepTimes(self._device.step_seconds, 0.0),
+            StepTimes(self._device.step_seconds + self._device.seconds_a_row * self._plan.num_rows, 0.0),
         )
 
 
 class ScriptedDevice:
-    """Samples token 100 + slot; `poison` slots give NaN, `eos_after` ends everything at that position."""
+    """Samples token 100 + slot; `poison` slots give NaN, `eos_at` ends everything at that position."""
 
     num_blocks = NUM_BLOCKS
 
     def __init__(self) -> None:
         self.step_seconds = 0.001
+        self.seconds_a_row = 0.0  # that it says a row takes besides
         self.fail_at = -1
         self.in_flight = 0
         self.deepest = 0
@@ -79,15 +85,18 @@ class ScriptedDevice:
 class Bench:
     """A loop running in the background with what it published."""
 
-    def __init__(self, overlap: int, max_queued: int = 100) -> None:
+    def __init__(
+        self, overlap: int, max_queued: int = 100, policy: Policy = Policy(), kind: type[Scheduler] = Scheduler  # noqa: B008
+    ) -> None:
         self.device = ScriptedDevice()
-        self.core = Scheduler(
+        self.core = kind(
             num_blocks=NUM_BLOCKS,
             limits=LIMITS,
             max_model_len=256,
             max_queued=max_queued,
             prefix_caching=True,
             hash_key=bytes(16),
+            policy=policy,
         )
         self.published: list[ChoiceTokens] = []
         self.loop = StepLoop(
@@ -100,10 +109,14 @@ class Bench:
             debug=True,
         )
 
-    def submit(self, request_id: int, length: int = 20, max_tokens: int = 10) -> Refusal | None:
+    def submit(
+        self, request_id: int, length: int = 20, max_tokens: int = 10, session: int = 0, tps_floor: float | None = None
+    ) -> Refusal | None:
         prompt = (np.arange(length, dtype=np.int32) + 10).tobytes()
         params = msgspec.Raw(msgspec.msgpack.encode(SamplingParams(max_tokens=max_tokens)))
-        return self.loop.submit(Submit(id=request_id, prompt=prompt, params=params, seed=1))
+        return self.loop.submit(
+            Submit(id=request_id, prompt=prompt, params=params, seed=1, session=session, tps_floor=tps_floor)
+        )
 
     async def drained(self) -> None:
         for _ in range(2000):
@@ -207,6 +220,62 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         task = asyncio.create_task(bench.loop.run())
         await bench.drained()
         assert bench.submit(9) is None
+        await bench.drained()
+        await ended(bench, task)
+
+    asyncio.run(run())
+
+
+def test_a_floor_that_the_measured_steps_do_not_allow_is_refused() -> None:
+    async def run() -> None:
+        bench = Bench(1, policy=Policy(tps_floor=10_000.0, floor_is_promise=True))
+        task = asyncio.create_task(bench.loop.run())
+        assert bench.submit(1, max_tokens=40) is None  # nothing is measured yet
+        await bench.drained()
+        assert bench.submit(2) == Refusal.FLOOR_OUT_OF_REACH
+        assert bench.submit(3, tps_floor=0.0) is None
+        assert bench.submit(4, tps_floor=1.0) is None
+        assert bench.submit(5, tps_floor=5_000.0) == Refusal.FLOOR_OUT_OF_REACH
+        assert bench.loop.stats().refusals == {"floor_out_of_reach": 2}
+        await bench.drained()
+        await ended(bench, task)
+
+    asyncio.run(run())
+
+
+def test_a_floor_that_only_others_are_in_the_way_of_is_refused_for_now() -> None:
+    async def run() -> None:
+        bench = Bench(1)
+        bench.device.seconds_a_row = 0.01
+        task = asyncio.create_task(bench.loop.run())
+        for request_id in range(1, 5):
+            assert bench.submit(request_id, length=15 * request_id, max_tokens=20) is None
+        await bench.drained()
+        assert bench.submit(5, max_tokens=200, tps_floor=70.0) is None
+        assert bench.submit(6, tps_floor=70.0) == Refusal.FLOOR
+        assert bench.loop.retry_after() >= 1
+        bench.loop.abort(5)
+        await bench.drained()
+        assert bench.submit(7, tps_floor=70.0) is None
+        await bench.drained()
+        await ended(bench, task)
+
+    asyncio.run(run())
+
+
+def test_a_session_that_does_not_fit_waits_while_resident_ones_go_on() -> None:
+    async def run() -> None:
+        bench = Bench(1, policy=Policy(max_queue_seconds=300.0))
+        task = asyncio.create_task(bench.loop.run())
+        for number in range(1, 7):  # 10 blocks each, and 58 of 64 are for sessions: 5 of them fit
+            assert bench.submit(number, length=150, max_tokens=40, session=number) is None
+            for _ in range(1000):
+                if bench.loop.stats().sessions_resident >= min(number, 5):
+                    break
+                await asyncio.sleep(0)
+        assert (bench.loop.stats().sessions_resident, bench.loop.stats().sessions_waiting) == (5, 1)
+        assert bench.submit(101, length=150, session=1) is None  # another turn of one that is resident
+        assert bench.loop.stats().sessions_waiting == 1
         await bench.drained()
         await ended(bench, task)
 

@@ -28,6 +28,10 @@ def user(content: Any, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content, **more}]}
 
 
+def called(calls: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]}
+
+
 def deep(levels: int) -> Any:
     value: Any = 1
     for _ in range(levels):
@@ -58,7 +62,7 @@ MODEL_AND_PROMPT = [
     Case("role unknown", ONLY_CHAT, {"messages": [{"role": "root", "content": "x"}]}, "messages[0].role"),
     Case("role an integer", ONLY_CHAT, {"messages": [{"role": 1, "content": "x"}]}, "messages[0].role"),
     Case("role with control text", ONLY_CHAT, {"messages": [{"role": "<|turn|>", "content": "x"}]}, "messages[0].role"),
-    Case("role tool", ONLY_CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    Case("role function", ONLY_CHAT, {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
     Case("content missing", ONLY_CHAT, {"messages": [{"role": "assistant"}]}, "messages[0].content"),
     Case("content null", ONLY_CHAT, user(None), "messages[0].content"),
     Case("content a number", ONLY_CHAT, user(5), "messages[0].content"),
@@ -72,7 +76,21 @@ MODEL_AND_PROMPT = [
     Case("part null", ONLY_CHAT, user([None]), "messages[0].content[0]"),
     Case("parts too many", ONLY_CHAT, user([{"type": "text", "text": ""}] * 1100), "messages[0].content"),
     Case("image part", ONLY_CHAT, user([{"type": "text", "text": "x"}, IMAGE]), "messages[0].content[1].type"),
-    Case("tool calls in history", ONLY_CHAT, user("x", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
+    Case("tool calls of a user", ONLY_CHAT, user("x", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
+    Case("tool calls not a list", ONLY_CHAT, called({"id": "1"}), "messages[0].tool_calls"),
+    Case("tool call null", ONLY_CHAT, called([None]), "messages[0].tool_calls[0]"),
+    Case("tool call without function", ONLY_CHAT, called([{"id": "1"}]), "messages[0].tool_calls[0].function"),
+    Case("tool call of another type", ONLY_CHAT, called([{"type": "custom"}]), "messages[0].tool_calls[0].function"),
+    Case(
+        "tool call without name", ONLY_CHAT, called([{"function": {}}]), "messages[0].tool_calls[0].function.name"
+    ),
+    Case("tool calls too many", ONLY_CHAT, called([{"function": {"name": "f"}}] * 300), "messages[0].tool_calls"),
+    Case(
+        "tool_call_id a number",
+        ONLY_CHAT,
+        {"messages": [{"role": "tool", "content": "x", "tool_call_id": 1}]},
+        "messages[0].tool_call_id",
+    ),
     Case("name a number", ONLY_CHAT, user("x", name=1), "messages[0].name"),
     Case(
         "second message bad", ONLY_CHAT, {"messages": [*user("x")["messages"], {"role": "user"}]}, "messages[1].content"
@@ -185,6 +203,12 @@ DELIVERY = [
     Case("priority 2^40", BOTH, {"priority": 2**40}, "priority"),
     Case("cache_salt a number", BOTH, {"cache_salt": 1}, "cache_salt"),
     Case("cache_salt long", BOTH, {"cache_salt": "x" * 1000}, "cache_salt"),
+    Case("prompt_cache_key a number", BOTH, {"prompt_cache_key": 1}, "prompt_cache_key"),
+    Case("prompt_cache_key long", BOTH, {"prompt_cache_key": "x" * 1000}, "prompt_cache_key"),
+    Case("tps_floor negative", BOTH, {"tps_floor": -1}, "tps_floor"),
+    Case("tps_floor text", BOTH, {"tps_floor": "70"}, "tps_floor"),
+    Case("tps_floor true", BOTH, {"tps_floor": True}, "tps_floor"),
+    Case("tps_floor a list", BOTH, {"tps_floor": [70]}, "tps_floor"),
     Case("request_id with CRLF", BOTH, {"request_id": "a\r\nSet-Cookie: b"}, "request_id"),
     Case("request_id empty", BOTH, {"request_id": ""}, "request_id"),
     Case("request_id long", BOTH, {"request_id": "x" * 1000}, "request_id"),
@@ -226,19 +250,13 @@ NOT_STREAMED = [
 ]
 
 UNSUPPORTED = [
-    Case("tools", BOTH, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    Case("tools without a place", BOTH, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     Case("tools not a list", BOTH, {"tools": {"name": "f"}}, "tools"),
     Case("tool_choice named", BOTH, {"tool_choice": {"type": "function"}}, "tool_choice"),
     Case("functions", BOTH, {"functions": [{"name": "f"}]}, "functions"),
     Case("function_call", BOTH, {"function_call": "auto"}, "function_call"),
-    Case("response_format json", BOTH, {"response_format": {"type": "json_object"}}, "response_format"),
-    Case("response_format text", BOTH, {"response_format": "text"}, "response_format"),
-    Case("response_format empty", BOTH, {"response_format": {}}, "response_format"),
-    Case("structured_outputs", BOTH, {"structured_outputs": {"regex": "a"}}, "structured_outputs"),
-    Case("guided_json", BOTH, {"guided_json": {}}, "guided_json"),
     Case("best_of", BOTH, {"best_of": 2}, "best_of"),
     Case("suffix", BOTH, {"suffix": "end"}, "suffix"),
-    Case("tps_floor", BOTH, {"tps_floor": 70}, "tps_floor"),
     Case("modalities", BOTH, {"modalities": ["text", "audio"]}, "modalities"),
     Case("chat_template", BOTH, {"chat_template": "{{ x }}"}, "chat_template"),
     Case("store", BOTH, {"store": True}, "store"),
@@ -251,14 +269,59 @@ UNSUPPORTED = [
     ),
 ]
 
-BAD_FIELDS = [*MODEL_AND_PROMPT, *SAMPLING, *DELIVERY, *UNSUPPORTED]
+SCHEMA = {"json_schema": {"name": "n", "schema": {"type": "object"}}}
+
+GRAMMARS = [
+    Case("response_format text", BOTH, {"response_format": "text"}, "response_format"),
+    Case("response_format empty", BOTH, {"response_format": {}}, "response_format.type"),
+    Case("response_format of no kind", BOTH, {"response_format": {"type": "xml"}}, "response_format.type"),
+    Case(
+        "response_format without a schema",
+        BOTH,
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+        "response_format.json_schema.schema",
+    ),
+    Case(
+        "response_format with a list for a schema",
+        BOTH,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
+        "response_format.json_schema.schema",
+    ),
+    Case(
+        "response_format strict 1",
+        BOTH,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}},
+        "response_format.json_schema.strict",
+    ),
+    Case("structured_outputs empty", BOTH, {"structured_outputs": {}}, "structured_outputs"),
+    Case("structured_outputs of two", BOTH, {"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+    Case(
+        "structured_outputs tag",
+        BOTH,
+        {"structured_outputs": {"structural_tag": {}}},
+        "structured_outputs.structural_tag",
+    ),
+    Case("structured_outputs regex 1", BOTH, {"structured_outputs": {"regex": 1}}, "structured_outputs.regex"),
+    Case("structured_outputs no regex", BOTH, {"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+    Case("structured_outputs choice", BOTH, {"structured_outputs": {"choice": "a"}}, "structured_outputs.choice"),
+    Case("guided_json a number", BOTH, {"guided_json": 5}, "guided_json"),
+    Case("two grammars", BOTH, {"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+]
+
+BAD_FIELDS = [*MODEL_AND_PROMPT, *SAMPLING, *DELIVERY, *UNSUPPORTED, *GRAMMARS]
 
 FINE = [
     Case("nulls", BOTH, {"temperature": None, "stop": None, "n": None, "tools": None, "logit_bias": None}, None, 200),
     Case("no tools", BOTH, {"tools": [], "tool_choice": "none"}, None, 200),
     Case("tool_choice auto without tools", BOTH, {"tool_choice": "auto"}, None, 200),
     Case("text format", BOTH, {"response_format": {"type": "text"}}, None, 200),
+    Case("object format", BOTH, {"response_format": {"type": "json_object"}}, None, 200),
+    Case("schema format", BOTH, {"response_format": {"type": "json_schema", **SCHEMA}}, None, 200),
+    Case("a choice", BOTH, {"structured_outputs": {"choice": ["a", "b"], "json_object": False}}, None, 200),
+    Case("a schema as text", BOTH, {"guided_json": '{"type": "object"}'}, None, 200),
     Case("hints", BOTH, {"user": "u", "metadata": {}, "store": False, "prompt_cache_key": "k", "nvext": {}}, None, 200),
+    Case("floor and session", BOTH, {"tps_floor": 70, "prompt_cache_key": "k" * 256}, None, 200),
+    Case("no floor, no session", BOTH, {"tps_floor": 0, "prompt_cache_key": ""}, None, 200),
     Case("unknown fields", BOTH, {"flux": 1, "warp": deep(50)}, None, 200),
     Case("edges", BOTH, {"temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0, "seed": -(2**63)}, None, 200),
     Case("stop list", BOTH, {"stop": ["zz", "yy"]}, None, 200),
@@ -274,13 +337,19 @@ FINE = [
         200,
     ),
     Case("developer", ONLY_CHAT, {"messages": [{"role": "developer", "content": "x"}]}, None, 200),
+    Case("tool result", ONLY_CHAT, {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, None, 200),
+    Case("orphan tool result", ONLY_CHAT, {"messages": [{"role": "tool"}]}, None, 200),
+    Case("a call and nothing said", ONLY_CHAT, called([{"function": {"name": "f", "arguments": "{"}}]), None, 200),
+    Case("no calls", ONLY_CHAT, user("x", tool_calls=[], audio=None), None, 200),
     Case("control text in content", ONLY_CHAT, user("<|turn|>system:"), None, 200),
     Case("max_completion_tokens", ONLY_CHAT, {"max_completion_tokens": 8, "max_tokens": ...}, None, 200),
     Case("no limit", ONLY_CHAT, {"max_tokens": ...}, None, 200),
     Case("lists of ids", ONLY_COMPLETION, {"prompt": [[1, 2], [3]]}, None, 200),
 ]
 
-_CHAT_TEXT = json.dumps({"model": "echo", "messages": [{"role": "user", "content": "hello"}], "prompt": "hello"})
+_CHAT_TEXT = json.dumps(
+    {"model": "echo", "max_tokens": 8, "messages": [{"role": "user", "content": "hello"}], "prompt": "hello"}
+)
 _OPEN = _CHAT_TEXT[:-1].encode()
 
 BAD_BODIES: list[tuple[str, bytes]] = [

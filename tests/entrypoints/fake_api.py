@@ -1,7 +1,7 @@
 """`tokenspeed.entrypoints.api` with the fake engine in the place of the real one, as a process for tests.
 
 TEST_LOAD_SECONDS is how long it loads; TEST_LOAD_ERROR makes loading fail with that text; TEST_TOKEN_SECONDS is the
-time a token takes.
+time a token takes. A request with the cache salt "bug" meets a defect.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from tests.entrypoints.fake_engine import FakeEngine, Health
+from tests.entrypoints.fake_engine import FakeEngine, FakeStream, Health
 from tokenspeed.entrypoints import api, life
 from tokenspeed.errors import ConfigError
 
@@ -27,6 +27,11 @@ class LoadingEngine(FakeEngine):
         if error := os.environ.get("TEST_LOAD_ERROR"):
             raise ConfigError(error)
         await super().start()
+
+    async def submit(self, *arguments: Any, cache_salt: str = "", **named: Any) -> FakeStream:
+        if cache_salt.endswith("bug"):
+            raise ZeroDivisionError
+        return await super().submit(*arguments, cache_salt=cache_salt, **named)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """An engine in memory with `AsyncEngine`'s face: it repeats its prompt, token by token, byte by byte.
 
 Deterministic: token i of an answer is token i of the prompt, over and over, for `max_tokens` tokens or until a
-stop string or stop id. Knobs let a test hold, slow down, fail and count.
+stop string or stop id. With a `script` the answer is that instead, and ends with it. Knobs let a test hold, slow
+down, fail and count.
 """
 
 from __future__ import annotations
@@ -9,15 +10,22 @@ from __future__ import annotations
 import asyncio
 import codecs
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
+from tokenspeed.config import EngineConfig
 from tokenspeed.engine.messages import EngineStats
+from tokenspeed.engine.observe import StepHistograms
+from tokenspeed.engine.stream import Ending, Take
 from tokenspeed.errors import ContextLengthExceeded, InvalidRequest, QueueFull, RequestError, Unavailable
 from tokenspeed.request import RequestOutput, SamplingParams, TokenLogprob
+from tokenspeed.text.prompt_memory import MemoryStats
 from tokenspeed.text.spans import Span
+from tokenspeed.text.template import ChatTemplate
 
-BOS, EOS, TURN = 256, 257, 258
+BOS, EOS, TURN, MARKER = 256, 257, 258, 259
 VOCAB_SIZE = 260
 
 
@@ -25,6 +33,8 @@ class ByteTokenizer:
     """One token a byte, three control tokens above."""
 
     vocab_size = VOCAB_SIZE
+    special_ids = frozenset({BOS, EOS, TURN, MARKER})
+    control = MappingProxyType({"<|turn|>": TURN, "<|tool_call_begin|>": MARKER})
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
         assert not parse_special
@@ -45,16 +55,22 @@ class ByteTokenizer:
         return b"".join(self.token_bytes(token_id) for token_id in ids).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id]) if token_id < 256 else {BOS: b"<bos>", EOS: b"<eos>", TURN: b"<|turn|>"}[token_id]
+        if token_id < 256:
+            return bytes([token_id])
+        return {BOS: b"<bos>", EOS: b"<eos>", TURN: b"<|turn|>", MARKER: b"<|tool_call_begin|>"}[token_id]
 
 
 class TurnTemplate:
-    """`<|turn|>` before each message, which is role, colon, content."""
+    """`<|turn|>` before each message, which is role, colon, content. It has no place for tools."""
+
+    knows_tools = False
+    sources = MappingProxyType({"default": "{% for message in messages %}<|turn|>{{ message }}{% endfor %}"})
 
     def render(
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: None,
         add_generation_prompt: bool,
         continue_final_message: bool,
         **kwargs: Any,
@@ -63,7 +79,7 @@ class TurnTemplate:
             raise InvalidRequest("the chat template refused the conversation", param="messages")
         spans: list[Span] = []
         for message in messages:
-            spans += [Span("<|turn|>", False), Span(f"{message['role']}:", False), Span(message["content"], True)]
+            spans += [Span("<|turn|>", False), Span(f"{message['role']}:", False), Span(message["content"] or "", True)]
         if add_generation_prompt:
             spans += [Span("<|turn|>", False), Span("assistant:", False)]
         return spans
@@ -72,6 +88,8 @@ class TurnTemplate:
 @dataclass
 class Facts:
     model_name: str = "echo"
+    architecture: str = "EchoForCausalLM"
+    model_type: str = "echo"
     max_model_len: int = 512
     vocab_size: int = VOCAB_SIZE
     eos_token_ids: tuple[int, ...] = (EOS,)
@@ -86,18 +104,36 @@ class Health:
     state: str = "ready"
     error: str | None = None
     heartbeat_age: float = 0.0
+    restarts: int = 0
 
 
 class FakeStream:
-    def __init__(self, engine: FakeEngine, request_id: str, ids: list[int], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        engine: FakeEngine,
+        request_id: str,
+        ids: list[int],
+        params: SamplingParams,
+        make_ending: Callable[[], Ending] | None,
+    ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = ids
         self.queue_seconds: float | None = 0.001
         self.params = params
+        self._endings = [make_ending() for _ in range(params.n)] if make_ending is not None else None
         self._engine = engine
         self._outputs: asyncio.Queue[RequestOutput | RequestError] = asyncio.Queue()
         self._open = set(range(params.n))
+        self._generated: list[int] = []
         self._task = asyncio.create_task(self._generate())
+
+    def generated(self) -> list[int]:
+        return self._generated
+
+    async def each(self, take: Take, room: Callable[[], Awaitable[None]]) -> None:
+        async for output in self:
+            if take(output):
+                await room()
 
     def __aiter__(self) -> FakeStream:
         return self
@@ -124,7 +160,8 @@ class FakeStream:
 
     async def _generate(self) -> None:
         engine, params = self._engine, self.params
-        budget = params.max_tokens or 64
+        script = engine.script
+        budget = params.max_tokens or (64 if script is None else len(script) + 1)
         texts = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(params.n)]
         shown = [""] * params.n
         await engine.gate.wait()
@@ -140,12 +177,20 @@ class FakeStream:
                     self._outputs.put_nowait(Unavailable("the engine is not running", retry_after=5))
                     self._end()
                     return
-                token_id = self.prompt_token_ids[number % len(self.prompt_token_ids)]
-                data = ByteTokenizer().token_bytes(token_id) if token_id < 256 else b""
+                if script is None:
+                    token_id = self.prompt_token_ids[number % len(self.prompt_token_ids)]
+                else:
+                    token_id = script[number] if number < len(script) else EOS
+                hidden = token_id in ByteTokenizer.special_ids and token_id not in params.shown_special_ids
+                data = b"" if hidden else ByteTokenizer().token_bytes(token_id)
                 text = texts[index].decode(data, number == budget - 1)
                 shown[index] += text
                 stop = next((stop for stop in params.stop if stop in shown[index]), None)
                 reason = "stop" if stop else "length" if number == budget - 1 else None
+                if script is not None and token_id == EOS:
+                    reason = "stop"
+                if self._endings is not None and self._endings[index](text):
+                    reason = "stop"
                 if token_id in params.stop_token_ids:
                     reason, stop = "stop", token_id  # type: ignore[assignment]
                 self._put(
@@ -172,6 +217,7 @@ class FakeStream:
 
     def _put(self, index: int, **values: Any) -> None:
         self._engine.generated += len(values.get("token_ids", ()))
+        self._generated += values.get("token_ids", ()) if index == 0 else ()
         self._outputs.put_nowait(
             RequestOutput(
                 request_id=self.request_id,
@@ -196,9 +242,11 @@ def logprob(token_id: int, k: int) -> TokenLogprob:
 
 class FakeEngine:
     def __init__(self, **facts: Any) -> None:
+        self.config = EngineConfig()
         self.facts = Facts(**facts)
         self.tokenizer = ByteTokenizer()
-        self.template: TurnTemplate | None = TurnTemplate()
+        self.template: TurnTemplate | ChatTemplate | None = TurnTemplate()
+        self.script: list[int] | None = None
         self.state = Health()
         self.delay = 0.0
         self.cached = 0
@@ -206,8 +254,13 @@ class FakeEngine:
         self.fail_after: int | None = None
         self.die_after: int | None = None
         self.queue_limit = 1000
+        self.refusal: RequestError | None = None
+        self.refusals: dict[str, int] = {}
+        self.steps = StepHistograms()
         self.gate = asyncio.Event()
         self.gate.set()
+        self.admission = asyncio.Event()
+        self.admission.set()
         self.idle = asyncio.Event()
         self.idle.set()
         self.streams: set[FakeStream] = set()
@@ -232,7 +285,21 @@ class FakeEngine:
         return self.state
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=len(self.streams), blocks_total=100, generation_tokens=self.generated)
+        return EngineStats(
+            running=len(self.streams),
+            blocks_total=100,
+            generation_tokens=self.generated,
+            sessions_resident=3,
+            sessions_waiting=1,
+            refusals=self.refusals,
+            streams_below_floor=2,
+        )
+
+    def memory_stats(self) -> MemoryStats:
+        return MemoryStats(bytes=1000, tokens_encoded=30, tokens_known=50, tokens_generated=20)
+
+    def step_histograms(self) -> StepHistograms:
+        return self.steps
 
     async def submit(
         self,
@@ -242,6 +309,9 @@ class FakeEngine:
         request_id: str | None = None,
         cache_salt: str = "",
         priority: int = 0,
+        prompt_cache_key: str = "",
+        tps_floor: float | None = None,
+        make_ending: Callable[[], Ending] | None = None,
     ) -> FakeStream:
         if self.state.state != "ready":
             raise Unavailable("not ready", retry_after=5)
@@ -259,13 +329,24 @@ class FakeEngine:
                 limit=self.facts.max_model_len, prompt=len(ids), completion=params.max_tokens or 1, param=param
             )
         if len(self.streams) >= self.queue_limit:
-            raise QueueFull("too many requests are waiting; try again later", retry_after=2)
+            raise QueueFull("too many requests are waiting; try again later", code="queue_full", retry_after=2)
+        if self.refusal is not None:
+            raise self.refusal
         self.submitted.append(
-            {"ids": ids, "params": params, "id": request_id, "salt": cache_salt, "priority": priority}
+            {
+                "ids": ids,
+                "params": params,
+                "id": request_id,
+                "salt": cache_salt,
+                "priority": priority,
+                "key": prompt_cache_key,
+                "floor": tps_floor,
+            }
         )
-        stream = FakeStream(self, request_id or uuid.uuid4().hex, ids, params)
+        stream = FakeStream(self, request_id or uuid.uuid4().hex, ids, params, make_ending)
         self.streams.add(stream)
         self.idle.clear()
+        await self.admission.wait()
         return stream
 
     async def abort(self, request_id: str) -> bool:

@@ -17,9 +17,11 @@ import uvloop
 from tests.entrypoints.fake_engine import FakeEngine
 from tokenspeed.entrypoints.auth import Keys
 from tokenspeed.entrypoints.door import Door
+from tokenspeed.entrypoints.flags import MetricsCompat, ReasoningField
 from tokenspeed.entrypoints.limits import Limits
 from tokenspeed.entrypoints.listen import bind
 from tokenspeed.entrypoints.server import Server
+from tokenspeed.text.template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ def serving(
     admin_keys: tuple[str, ...] = (),
     served_names: tuple[str, ...] = (),
     allowed_origins: tuple[str, ...] = (),
+    template: ChatTemplate | None = None,
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
+    reasoning_field: ReasoningField = "reasoning_content",
+    metrics_compat: MetricsCompat = "none",
     **facts: Any,
 ) -> Iterator[Served]:
     loop = uvloop.new_event_loop()
@@ -112,12 +119,18 @@ def serving(
 
     async def start() -> tuple[FakeEngine, Door, Server]:
         engine = FakeEngine(**facts)
+        if template is not None:
+            engine.template = template
         door = Door(
             engine,  # type: ignore[arg-type]
             keys=Keys(user_keys, admin_keys),
             limits=limits or Limits(),
             served_names=served_names,
             allowed_origins=allowed_origins,
+            tool_call_parser=tool_call_parser,
+            reasoning_parser=reasoning_parser,
+            reasoning_field=reasoning_field,
+            metrics_compat=metrics_compat,
         )
         server = Server(door, listener)
         await server.start()

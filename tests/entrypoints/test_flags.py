@@ -33,6 +33,27 @@ def test_every_kind_of_flag_is_read() -> None:
     assert (config.shutdown_grace, config.in_process, config.log_format) == (1.5, True, "json")
 
 
+def test_no_floor_a_floor_of_0_and_a_promise_are_three_things() -> None:
+    assert [parse(*given).engine.tps_floor for given in ((), ("--tps-floor", "0"), ("--tps-floor", "70"))] == [
+        None,
+        0.0,
+        70.0,
+    ]
+    config = parse("--no-session-admission", "--max-queue-seconds", "12.5", "--record", "calls").engine
+    assert (config.session_admission, config.max_queue_seconds, config.record) == (False, 12.5, "calls")
+
+
+def test_parsers_are_found_by_themselves_unless_named() -> None:
+    config = parse()
+    assert (config.tool_call_parser, config.reasoning_parser, config.reasoning_field) == (
+        "auto",
+        "auto",
+        "reasoning_content",
+    )
+    config = parse("--tool-call-parser", "hermes", "--reasoning-parser", "none", "--reasoning-field", "both")
+    assert (config.tool_call_parser, config.reasoning_parser, config.reasoning_field) == ("hermes", "none", "both")
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
@@ -70,19 +91,30 @@ def test_keys_may_come_from_the_environment() -> None:
         (["--por", "1"], "--por"),
         (["extra"], "extra"),
         (["--port"], "--port"),
+        (["--tool-call-parser", "qwen"], "must be one of auto, none, deepseek_v3, deepseek_v31, hermes, kimi_k2, "),
+        (["--reasoning-parser", "r1"], "must be one of auto, none, deepseek_r1, deepseek_v3, kimi_k2, qwen3, got 'r1'"),
+        (["--reasoning-field", "thoughts"], "must be one of reasoning_content, reasoning, both, got 'thoughts'"),
         (["--port", "http"], "--port must be an integer, got 'http'"),
         (["--port", "70000"], "--port"),
         (["--dtype", "float8"], "--dtype must be one of auto, float32, bfloat16, got 'float8'"),
-        (["--load-format", "dummy"], "--load-format"),
+        (["--load-format", "pickle"], "--load-format"),
         (["--log-level", "loud"], "--log-level"),
         (["--block-size", "7"], "--block-size"),
         (["--overlap", "2"], "--overlap"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--tps-floor", "-1"], "--tps-floor must be a number of at least 0, got -1"),
+        (["--tps-floor", "nan"], "--tps-floor"),
+        (["--tps-floor", "inf"], "--tps-floor"),
+        (["--tps-floor", "fast"], "--tps-floor must be a number, got 'fast'"),
+        (["--max-queue-seconds", "-0.5"], "--max-queue-seconds"),
+        (["--max-queue-seconds", "nan"], "--max-queue-seconds"),
         (["--max-num-batched-tokens", "8"], "--max-num-batched-tokens"),
         (["--kv-cache-memory", "much"], "--kv-cache-memory"),
         (["--kv-cache-memory", "1PiB"], "--kv-cache-memory"),
         (["--kv-cache-memory", "0"], "--kv-cache-memory"),
         (["--shutdown-grace", "-1"], "--shutdown-grace"),
+        (["--engine-restarts", "-1"], "--engine-restarts must be between 0 and 1000, got -1"),
+        (["--metrics-compat", "sglang"], "--metrics-compat must be one of none, vllm, got 'sglang'"),
         (["--shutdown-grace", "nan"], "--shutdown-grace"),
         (["--trust-remote-code"], "--trust-remote-code is not supported"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is public"),
@@ -123,6 +155,7 @@ def test_a_bad_file_is_one_line_too(tmp_path: Path, text: str, words: str) -> No
     with pytest.raises(ConfigError) as refused:
         parse("--config", str(file))
     assert words in str(refused.value)
+    assert str(refused.value).startswith(f"--config {file}")
     assert "\n" not in str(refused.value)
 
 

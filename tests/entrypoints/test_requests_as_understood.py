@@ -137,6 +137,19 @@ def test_priority_and_ids_reach_the_engine_and_the_label_is_only_echoed(named: S
     assert reply.headers["x-request-id"] == "h-1"
 
 
+def test_floor_and_cache_key_reach_the_engine_and_absent_ones_are_the_servers(named: Served) -> None:
+    def last(route: str, body: dict[str, Any]) -> tuple[object, object]:
+        assert named.post(route, body, Authorization="Bearer key-a").status == 200
+        return named.engine.submitted[-1]["floor"], named.engine.submitted[-1]["key"]
+
+    for route, make in (("/v1/chat/completions", chat), ("/v1/completions", completion)):
+        assert last(route, make(model="first", tps_floor=200, prompt_cache_key="talk")) == (200.0, "talk")
+        assert last(route, make(model="first", tps_floor=0)) == (0.0, "")
+        assert last(route, make(model="first", user="u", metadata={"session": "s"})) == (None, "")
+    named.get("/health_generate", Authorization="Bearer key-a")
+    assert named.engine.submitted[-1]["floor"] == 0.0
+
+
 def test_control_text_of_a_user_stays_text(served: Served) -> None:
     served.post("/v1/chat/completions", chat(messages=[{"role": "user", "content": "<|turn|>system:"}]))
     assert served.engine.submitted[-1]["ids"].count(TURN) == 2

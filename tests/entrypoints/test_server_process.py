@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tokenspeed.entrypoints import api
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -132,6 +134,14 @@ def test_ctrl_c_ends_with_0(seconds: float) -> None:
     assert "Traceback" not in err
 
 
+def test_ctrl_c_before_there_is_a_server_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "parse_flags", interrupted)
+    assert api.main([]) == 130
+
+
 def test_ctrl_c_lets_a_stream_end_and_a_second_one_does_not() -> None:
     for times, status in ((1, 0), (2, 130)):
         port = free_port()
@@ -200,7 +210,8 @@ def test_tls_is_served_with_the_given_certificate(tmp_path: Path) -> None:
 def test_an_idle_server_rests() -> None:
     port = free_port()
     with process("--port", str(port)) as child:
-        wait_status(port, "/ready", 200)
+        assert child.stdout is not None
+        child.stdout.readline()  # the start is over: the server says where it is
         before = cpu_seconds(child.pid)
         time.sleep(1.5)
         used = cpu_seconds(child.pid) - before

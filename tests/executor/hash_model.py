@@ -27,10 +27,17 @@ class HashModel:
         numbers, copies = kv[1]
         assert 0 <= int(inputs.token_ids.min()) <= int(inputs.token_ids.max()) < VOCAB
         written = (31 * inputs.token_ids + 17 * inputs.positions) % 997
-        numbers.view(-1, 1)[inputs.kv_slots] = written[:, None].to(numbers.dtype)
-        copies.view(-1, 2)[inputs.kv_slots] = written[:, None].to(copies.dtype)
+        if inputs.num_tokens is not None:
+            there = inputs.kv_len > 0
+            assert there.sum() == inputs.num_tokens and there[: int(inputs.num_tokens)].all()
+        stored = inputs.kv_slots >= 0
+        numbers.view(-1, 1)[inputs.kv_slots[stored]] = written[stored, None].to(numbers.dtype)
+        copies.view(-1, 2)[inputs.kv_slots[stored]] = written[stored, None].to(copies.dtype)
         hidden = []
-        for row, (new, length) in enumerate(zip(inputs.query_lens, inputs.kv_lens, strict=True)):
+        for row, (new, length) in enumerate(zip(inputs.query_lens, inputs.kv_len.tolist(), strict=True)):
+            if length == 0:
+                hidden.append(0)  # the padding of a captured step
+                continue
             blocks = inputs.block_table[row, : -(-length // inputs.block_size)].long()
             seen = numbers[blocks].reshape(-1)[:length]
             assert torch.equal(seen, copies[blocks].reshape(-1, 2)[:length, 1])

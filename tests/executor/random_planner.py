@@ -54,10 +54,20 @@ class Step:
 
 
 class RandomPlanner:
-    """Chunks, preempts, and hands out slots and blocks, last in, first out, as `rng` pleases."""
+    """Chunks, preempts, and hands out slots and blocks, last in, first out, as `rng` pleases.
 
-    def __init__(self, limits: BatchLimits, num_blocks: int, requests: Sequence[Request], rng: random.Random) -> None:
-        self.limits, self.rng = limits, rng
+    Prompts scored again, in other chunks, must score the same within `tolerance`.
+    """
+
+    def __init__(
+        self,
+        limits: BatchLimits,
+        num_blocks: int,
+        requests: Sequence[Request],
+        rng: random.Random,
+        tolerance: float = 0.0,
+    ) -> None:
+        self.limits, self.rng, self.tolerance = limits, rng, tolerance
         self.requests = list(requests)
         self.free_slots = list(range(limits.max_rows))
         self.free_blocks = list(range(num_blocks))
@@ -112,7 +122,7 @@ class RandomPlanner:
         for index, value in enumerate(scores.logprobs.tolist()):
             position = computed + 1 + index
             assert scores.token_ids[index] == request.prompt[position]
-            assert request.prompt_logprobs.setdefault(position, value) == value
+            assert abs(request.prompt_logprobs.setdefault(position, value) - value) <= self.tolerance
 
     def _give_back(self) -> None:
         """Slots of finished requests, and now and then of one that goes on: it is computed anew later."""
@@ -168,6 +178,7 @@ class RandomPlanner:
         self.step += 1
         num_decode = sum(new == 1 for _, new in chunks)
         plan = Plan(
-            self.step, buffers, len(chunks), num_decode, token, len(deltas), len(sampled), len(bound), 0, len(released)
-        )
+            self.step, buffers, len(chunks), num_decode, token, len(deltas), len(sampled), len(bound), 0, len(released),
+            allowed_prompt_tokens=0,
+        )  # fmt: skip
         return Step(plan, [request.binding() for request in bound], [request for request, _ in chunks], sampled)

@@ -18,6 +18,12 @@ from tokenspeed.executor.load import LoadedExecutor, load_executor
 from tokenspeed.request import SamplingParams
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a GPU: what happens there is tested in test_on_gpu.py."""
+    monkeypatch.setenv(load.DEVICE, "cpu")
+
+
 def config_of(folder: Path, **changes: object) -> EngineConfig:
     settings: dict[str, object] = {"model": str(folder), "dtype": "float32", "block_size": 16, "num_threads": 1}
     return EngineConfig(**(settings | changes))  # type: ignore[arg-type]
@@ -39,7 +45,10 @@ async def generate(loaded: LoadedExecutor, prompt: list[int], count: int) -> lis
         for index, position in enumerate(range(first, last)):
             buffers.table_delta[index] = 2, position, executor.num_blocks - 1 - position
         buffers.bound[0] = 2, 0
-        plan = Plan(step, buffers, 1, int(len(ids) == 1), len(ids), last - first, 1, int(step == 0), 0, 0)
+        plan = Plan(
+            step, buffers, 1, int(len(ids) == 1), len(ids), last - first, 1, int(step == 0), 0, 0,
+            allowed_prompt_tokens=0,
+        )  # fmt: skip
         result = await executor.launch(plan, [binding]).tokens()
         tokens.append(int(result.tokens[0, 0]))
     return tokens

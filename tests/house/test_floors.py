@@ -20,6 +20,7 @@ PACKAGE = ROOT / "tokenspeed"
 FLOORS = {
     "entrypoints": 6,
     "bench": 6,
+    "simulate": 6,
     "engine": 5,
     "text": 5,
     "_core": 4,
@@ -35,11 +36,14 @@ FLOORS = {
     "batch": -1,
     "logs": -1,
 }
-SIDEWAYS = {("engine", "text"), ("bench", "entrypoints"), ("models", "checkpoint")}
+SIDEWAYS = {("engine", "text"), ("bench", "entrypoints"), ("bench", "simulate"), ("models", "checkpoint")}
 """The only neighbours on one floor that may see each other: the engine's face detokenizes, a model is
-built from what its checkpoint says."""
+built from what its checkpoint says, a benchmark counts sliding seconds as the simulator does."""
 
-TORCH_FREE = ("text", "entrypoints", "bench", "_core")
+ROOF = max(FLOORS.values())
+"""Where a program (`__main__.py`) stands, whatever it is about: it may import anything, because nothing imports it."""
+
+TORCH_FREE = ("text", "entrypoints", "bench", "simulate", "_core", "parallel")
 
 
 def files() -> Iterator[tuple[str, Path]]:
@@ -77,9 +81,15 @@ def parts(path: Path) -> set[str]:
 @pytest.mark.parametrize(("part", "path"), list(files()), ids=lambda value: str(value).removeprefix(str(ROOT)))
 def test_imports_go_down(part: str, path: Path) -> None:
     assert part in FLOORS, f"{path} is on no floor"
+    floor = ROOF if path.name == "__main__.py" else FLOORS[part]
     for other in parts(path) - {part}:
-        allowed = FLOORS[other] < FLOORS[part] or FLOORS[part] == FLOORS[other] == -1 or (part, other) in SIDEWAYS
-        assert allowed, f"{path} (floor {FLOORS[part]}) imports {other} (floor {FLOORS[other]})"
+        allowed = FLOORS[other] < floor or floor == FLOORS[other] == -1 or (part, other) in SIDEWAYS
+        assert allowed, f"{path} (floor {floor}) imports {other} (floor {FLOORS[other]})"
+
+
+def test_nothing_imports_a_program() -> None:
+    for _, path in files():
+        assert not any(name.endswith("__main__") for name in imports(path)), path
 
 
 def test_kernels_import_nothing_of_ours() -> None:

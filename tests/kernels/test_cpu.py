@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_numerics import Paged
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.cpu import _ops
+from tokenspeed.kernels.numerics.attention_cases import Paged
 from tokenspeed.kernels.platform import Platform
 
 TARGET = ops.Target(Platform.of(torch.device("cpu")), torch.float32)
@@ -169,6 +169,7 @@ def test_helpers_start_once_and_a_forked_child_has_its_own() -> None:
 import os, torch
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.cpu import _ops
+from tokenspeed.kernels.numerics.attention_cases import Paged
 from tokenspeed.kernels.platform import Platform
 torch.set_num_threads(3)
 linear = ops.linear(ops.Target(Platform.of(torch.device("cpu")), torch.float32))
@@ -221,7 +222,7 @@ def test_more_new_tokens_than_the_row_has_are_an_error(generator: torch.Generato
         prefill()(*arguments)
 
 
-@pytest.mark.parametrize("slot", [-1, 64])
+@pytest.mark.parametrize("slot", [-2, 64])
 def test_a_slot_outside_the_cache_is_an_error_and_writes_nothing(slot: int) -> None:
     cache = torch.zeros(4, 16, 2, 8)
     with pytest.raises(IndexError, match="token 1"):

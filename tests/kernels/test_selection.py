@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenspeed.kernels import __main__ as command
 from tokenspeed.kernels import ops, selection
+from tokenspeed.kernels.composed.blocks import BLOCKS, bind_block
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.registry import (
     OPS,
+    PARTS,
     DeclarationError,
     Implementation,
     Kernel,
@@ -26,9 +26,10 @@ from tokenspeed.kernels.registry import (
     SelectionError,
     Target,
     Traits,
+    TraitValue,
     lazy,
 )
-from tokenspeed.kernels.selection import ENVIRONMENT, Selector, load_plugins
+from tokenspeed.kernels.selection import ENVIRONMENT, Selector
 
 CPU = Platform("cpu", "x86_64", frozenset({"avx2", "fma"}))
 HOPPER = Platform("nvidia", "sm90", frozenset({"sm80", "sm90"}))
@@ -192,6 +193,38 @@ def test_a_forced_kernel_that_cannot_be_is_an_error(
         chooses.select("mha_decode", Target(CPU, torch.float32), ATTENTION)
 
 
+def test_a_forced_part_of_a_composite_is_not_hidden_by_a_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    chooses = selector(
+        implementation("reference", op="lm_head_sample"),
+        implementation("composed", op="lm_head_sample", priority=1, selects_parts=True),
+        implementation("fused", op="lm_head_sample", priority=9),
+        implementation("reference", op="sample"),
+        implementation("reference", op="rotary"),
+    )
+    target, traits = Target(CPU, torch.float32), {"hidden_size": 64, "vocab_size": 300}
+    for setting, chosen in (
+        ("rotary=reference", "fused"),
+        ("sample=reference", "composed"),
+        ("sample=reference,lm_head_sample=fused", "fused"),
+    ):
+        monkeypatch.setenv(ENVIRONMENT, setting)
+        assert chooses.select("lm_head_sample", target, traits)() == chosen
+
+
+@pytest.mark.parametrize("op", BLOCKS)
+def test_the_parts_of_a_composite_are_those_that_its_composition_chooses(op: str) -> None:
+    chosen: set[str] = set()
+
+    def choose(part: str, target: Target, **traits: TraitValue) -> Kernel:
+        assert set(traits) == set(OPS[part])
+        chosen.add(part)
+        return print
+
+    numbers = dict.fromkeys(OPS[op], 2)
+    bind_block(op, choose)(Target(CPU, torch.float32), numbers)
+    assert chosen == set(PARTS[op])
+
+
 def test_an_explanation_names_the_choice_the_rest_and_what_is_open() -> None:
     chooses = selector(
         implementation("reference"),
@@ -216,79 +249,6 @@ def test_a_lazy_bind_is_imported_when_it_is_chosen(tmp_path: Path, monkeypatch: 
     assert chooses.select("mha_decode", Target(CPU, torch.float32), ATTENTION)() == 64
 
 
-PLUGIN = """
-from tokenspeed.kernels.registry import Implementation, plain
-
-def declare():
-    yield Implementation("silu_mul", "sample", plain(lambda gate_up: "sample"), priority=1000)
-"""
-
-
-def install(folder: Path, module: str, source: str, entry_points: str) -> None:
-    """What an installer leaves: a module, and a distribution that names its entry points."""
-    (folder / f"{module}.py").write_text(source)
-    info = folder / f"{module}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[tokenspeed.kernels]\n{entry_points}\n")
-
-
-def test_an_installed_plugin_is_loaded_and_chosen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    install(tmp_path, "sample_kernels", PLUGIN, "sample = sample_kernels:declare")
-    monkeypatch.syspath_prepend(tmp_path)
-    registry = Registry()
-    with caplog.at_level(logging.INFO, "tokenspeed.kernels"):
-        (plugin,) = load_plugins(registry)
-    assert (plugin.name, plugin.module, plugin.num_implementations, plugin.failure) == (
-        "sample",
-        "sample_kernels",
-        1,
-        None,
-    )
-    assert "kernel plug-in sample (sample_kernels): 1 implementations" in caplog.text
-    chosen = Selector(registry).select("silu_mul", Target(CPU, torch.float32), {})
-    assert chosen(torch.zeros(1, 2)) == "sample"
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("import a_package_that_is_not_there\n", "ModuleNotFoundError"),
-        ("declare = lambda: 1 / 0\n", "ZeroDivisionError"),
-        ("declare = lambda: ['silu_mul']\n", "TypeError: expected Implementation, got str"),
-        (PLUGIN.replace("silu_mul", "convolve"), "unknown op 'convolve'"),
-        (PLUGIN + "    yield 3\n", "TypeError: expected Implementation, got int"),
-    ],
-    ids=["import", "call", "type", "op", "half"],
-)
-def test_a_broken_plugin_is_named_and_the_others_load(
-    source: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    broken, sound = f"broken_kernels_{abs(hash(reason))}", "sound_kernels"
-    install(tmp_path, broken, source, f"broken = {broken}:declare")
-    install(tmp_path, sound, PLUGIN, f"sound = {sound}:declare")
-    monkeypatch.syspath_prepend(tmp_path)
-    registry = Registry()
-    first, second = load_plugins(registry)
-    assert first.name == "broken" and first.num_implementations == 0 and reason in (first.failure or "")
-    assert f"kernel plug-in broken ({broken}) is skipped: " in caplog.text and reason in caplog.text
-    assert second.failure is None and [each.backend for each in registry.all()] == ["sample"]
-
-
-def test_plugins_join_the_backends_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, "joining_kernels", PLUGIN, "joining = joining_kernels:declare")
-    monkeypatch.syspath_prepend(tmp_path)
-    selection.default.cache_clear()
-    try:
-        target = Target(Platform.of(torch.device("cpu")), torch.float32)
-        assert ops.silu_mul(target)(torch.zeros(1, 2)) == "sample"
-        assert "plug-in joining (joining_kernels): 1 implementations" in command.listing(selection.default())
-    finally:
-        selection.default.cache_clear()
-
-
 def test_this_machine_prefers_its_compiled_kernels_to_the_reference() -> None:
     explanation = selection.default().explain(
         "mha_decode", Target(Platform.of(torch.device("cpu")), torch.float32), ATTENTION
@@ -306,31 +266,3 @@ def test_a_head_that_the_compiled_kernels_cannot_take_goes_to_the_reference() ->
 def test_the_face_of_an_op_passes_exactly_its_traits(op: str) -> None:
     target, *traits = inspect.signature(getattr(ops, op)).parameters
     assert target == "target" and set(traits) == set(OPS[op])
-
-
-def test_every_op_is_on_the_command_lines_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["list"]) == 0
-    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert set(OPS) <= listed
-
-
-def test_the_command_line_explains(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["explain", "mha_decode", "--device", "cpu", "--trait", "head_dim=72"]) == 0
-    assert "head_dim=72 is not a multiple of 16" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["explain", "convolve"], "unknown op 'convolve'"),
-        (["explain", "linear", "--device", "warp"], "device"),
-        (["explain", "rotary", "--trait", "head_dim"], "not of the form NAME=VALUE"),
-        (["explain", "rotary", "--trait", "colour=red"], "rotary has no trait colour"),
-    ],
-)
-def test_the_command_line_refuses_in_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command.main(arguments) == 1
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1

@@ -182,6 +182,20 @@ def ranks_folder(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) ->
     return folder
 
 
+@pytest.fixture(scope="session")
+def kimi_folder(tmp_path_factory: pytest.TempPathFactory, ranks_folder: Path) -> Path:
+    """The same ranks as Kimi ships them: another file name, another tokenizer class, its own control tokens."""
+    folder = tmp_path_factory.mktemp("kimi")
+    (folder / "tiktoken.model").write_bytes((ranks_folder / "toy.tiktoken").read_bytes())
+    tokens = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|tool_calls_section_begin|>"]
+    decoder = {
+        str(300 + index): {"content": token, "special": "tool" not in token} for index, token in enumerate(tokens)
+    }
+    config = {"tokenizer_class": "TikTokenTokenizer", "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    write_json(folder / "tokenizer_config.json", config | {"added_tokens_decoder": decoder})
+    return folder
+
+
 def loaded(folder: Path) -> Tokenizer:
     return load_text(Source("hf", folder, "toy")).tokenizer
 
@@ -191,7 +205,10 @@ def demo() -> TextSide:
     return load_text(resolve(None))
 
 
-@pytest.fixture(scope="session", params=["byte_level", "spaced", "sentencepiece_folder", "ranks_folder", "demo"])
+FOLDERS = ["byte_level", "spaced", "sentencepiece_folder", "ranks_folder", "kimi_folder"]
+
+
+@pytest.fixture(scope="session", params=[*FOLDERS, "demo"])
 def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     value = request.getfixturevalue(request.param)
     return value.tokenizer if isinstance(value, TextSide) else loaded(value)

@@ -126,6 +126,13 @@ def test_the_text_of_the_token_that_ended_the_turn_is_dropped(skip: bool) -> Non
     assert others.feed(b"hi!", True) == TextDelta("hi", 3, None)
 
 
+def test_chosen_special_tokens_are_shown_while_the_others_stay_hidden() -> None:
+    ids = [*b"hi", END, *b"x"]
+    assert OutputText(TOY, SamplingParams()).feed(ids, True).text == "hix"
+    assert OutputText(TOY, SamplingParams(shown_special_ids=(END,))).feed(ids, True).text == "hi<end>x"
+    assert OutputText(TOY, SamplingParams(shown_special_ids=(STOP_ID,))).feed(ids, True).text == "hix"
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=30), data=st.data())
 def test_stop_strings_inside_tokens_of_a_real_vocabulary(demo: TextSide, text: str, data: st.DataObject) -> None:

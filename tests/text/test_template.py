@@ -264,3 +264,30 @@ def test_a_wrong_template_file_is_named(byte_level: Path, tmp_path: Path) -> Non
     (tmp_path / "latin.jinja").write_bytes(b"\xe9")
     with pytest.raises(CheckpointError, match=r"latin\.jinja: not UTF-8"):
         source_of(byte_level, chat_template=str(tmp_path / "latin.jinja"))
+
+
+CALLING = [
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "", "tool_calls": [call("now", {"a": "é"})]},
+]
+EACH_CALL = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (EACH_CALL + " {{ c.function.arguments | tojson }}{% endfor %}{% endfor %}", 'now {"a": "é"}'),
+        (EACH_CALL + " {{ ' ' + c.function.arguments }}{% endfor %}{% endfor %}", 'now  {"a": "é"}'),
+        (EACH_CALL + " {{ c.function.arguments.a }}{{ m.content is none }}{% endfor %}{% endfor %}", "now éTrue"),
+        ("{% for m in messages if m.content is none %}{{ m.tool_calls[0].function.name }}{% endfor %}", "now"),
+        (
+            "{% for m in messages %}{{ m.content + (m.tool_calls or [{'function': {'name': ''}}])[0].function.name }}"
+            "{% endfor %}",
+            "xnow",
+        ),
+        ("{% for m in messages %}{{ m.role + ' ' + m.content + ';' }}{% endfor %}", "user x;assistant ;"),
+    ],
+)
+def test_a_call_is_given_as_the_template_takes_it(source: str, text: str) -> None:
+    """Null content or none, arguments as an object or as text: whatever makes the call show."""
+    assert rendered(ChatTemplate(source, name="it"), CALLING) == text

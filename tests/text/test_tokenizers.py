@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 import sentencepiece
 import tiktoken.load
 import tokenizers
@@ -29,6 +30,7 @@ from tokenspeed.errors import CheckpointError, InvalidRequest
 from tokenspeed.text.gguf_vocab import SPLITTINGS, gguf_tokenizer
 from tokenspeed.text.load import TextSide, load_text
 from tokenspeed.text.spans import Span
+from tokenspeed.text.tiktoken_ranks import PATTERNS
 from tokenspeed.text.tokenizer import Tokenizer
 
 MIXED = [
@@ -211,6 +213,32 @@ def test_tiktoken_ids_equal_the_library_and_transformers(ranks_folder: Path) -> 
     assert ours.eos_token_id == 300
     assert ours.special_ids == {300, 301, 302}
     assert ours.control["</think>"] == 303
+
+
+def test_kimi_ids_equal_the_library_and_transformers(kimi_folder: Path) -> None:
+    ours = loaded(kimi_folder)
+    ranks = tiktoken.load.load_tiktoken_bpe(str(kimi_folder / "tiktoken.model"))
+    pattern = PATTERNS["TikTokenTokenizer"]
+    library = tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(ours.control))
+    oracle = TikTokenConverter(str(kimi_folder / "tiktoken.model"), pattern=pattern).converted()
+    for text in [*TEXTS, "a<|im_end|>b [EOS]"]:
+        assert ours.encode(text) == library.encode_ordinary(text) == oracle.encode(text).ids
+        assert ours.encode(text, parse_special=True) == library.encode(text, allowed_special="all")
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.bos_token_id, ours.eos_token_id) == (300, 301) and ours.special_ids == {300, 301, 302, 303}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def fooBar(x): return HTTPServer", ["def", " foo", "Bar", "(x", "):", " return", " HTTPServer"]),
+        ("我们don't 说English123456", ["我们", "don't", " ", "说", "English", "123", "456"]),
+        ("ça va été ΑΒγ かなカナ漢字", ["ça", " va", " été", " ΑΒγ", " かなカナ", "漢字"]),
+        ("x  =  1\r\n\n  y", ["x", " ", " =", " ", " ", "1", "\r\n\n", " ", " y"]),
+    ],
+)
+def test_kimi_cuts_text_at_han_characters_and_where_small_letters_end(text: str, words: list[str]) -> None:
+    assert regex.findall(PATTERNS["TikTokenTokenizer"], text, regex.V1) == words
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])

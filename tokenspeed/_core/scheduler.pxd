@@ -52,6 +52,8 @@ cdef extern from "types.h" namespace "tokenspeed" nogil:
         int32_t max_deltas
         int32_t max_model_len
         int32_t max_queued
+        int32_t num_host_blocks
+        int32_t max_copies
 
     cdef enum class CRefusal "tokenspeed::Refusal"(int32_t):
         kNone
@@ -63,6 +65,7 @@ cdef extern from "types.h" namespace "tokenspeed" nogil:
         kNoSuchStep
         kWrongShape
         kBadResult
+        kNoSuchTicket
 
 
 cdef extern from "sequence.h" namespace "tokenspeed" nogil:
@@ -72,12 +75,31 @@ cdef extern from "sequence.h" namespace "tokenspeed" nogil:
         int32_t num_generated() const
 
 
+cdef extern from "policy.h" namespace "tokenspeed" nogil:
+    cdef struct PolicySettings:
+        double tps_floor
+        cbool floor_is_promise
+        cbool footprints
+        double max_queue_seconds
+
+    cdef cppclass StepTimeModel:
+        cbool trusted() const
+        double seconds_of_prompt(int32_t tokens) const
+        double predict(const Work& work) const
+
+    cdef cppclass Work:
+        Work()
+        void add_decode(int64_t computed)
+        void add_prompt(int32_t computed, int32_t count)
+
+
 cdef int translate_exception() except -1
 
 
 cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
     cdef struct Submission:
         int64_t id
+        double now
         TokenSpan prompt
         int32_t max_tokens
         int32_t min_tokens
@@ -85,6 +107,8 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         ByteSpan salt
         int32_t priority
         cbool reuse_prefix
+        int64_t session
+        double tps_floor
 
     cdef struct PlanArrays:
         int32_t* row_slot
@@ -94,6 +118,7 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         int32_t* table_delta
         int32_t* sample_rows
         int32_t* bound
+        int32_t* copies
         int32_t* released
         int64_t* bound_ids
         int64_t step
@@ -103,7 +128,9 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         int32_t num_deltas
         int32_t num_samples
         int32_t num_bound
+        int32_t num_copies
         int32_t num_released
+        int32_t allowed_prompt_tokens
 
     cdef struct CommitOutput:
         int64_t id
@@ -121,16 +148,23 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         int32_t blocks_free
         int32_t blocks_cached
         int32_t blocks_used
+        int32_t host_blocks_used
+        int32_t copies_in_flight
+        int32_t sessions_resident
+        int32_t sessions_waiting
         int64_t preemptions
         int64_t prompt_tokens
         int64_t cached_prompt_tokens
         int64_t generated_tokens
+        int64_t blocks_offloaded
+        int64_t blocks_loaded
 
     cdef struct RequestDump:
         int64_t id
         string state
         int32_t priority
         uint64_t arrival
+        double rank
         int32_t slot
         int32_t known
         int32_t computed
@@ -139,12 +173,14 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         vector[int32_t] blocks
 
     cdef cppclass CScheduler "tokenspeed::Scheduler":
-        CScheduler(const Limits& limits, cbool prefix_caching, HashKey key) except +translate_exception
+        CScheduler(const Limits& limits, const PolicySettings& policy, cbool prefix_caching, HashKey key) except +translate_exception
         CRefusal submit(const Submission& submission) except +translate_exception
+        double retry_after() const
         cbool abort(int64_t id) except +translate_exception
         cbool finish(int64_t id, int32_t num_tokens) except +translate_exception
         CMisuse plan(double now, PlanArrays& plan) except +translate_exception
-        CMisuse commit(int64_t step, TokenSpan tokens, TokenSpan counts) except +translate_exception
+        CMisuse commit(int64_t step, TokenSpan tokens, TokenSpan counts, double seconds) except +translate_exception
+        CMisuse land_copies(TokenSpan landed, TokenSpan failed) except +translate_exception
         const vector[CommitOutput]& outputs() const
         const Sequence* sequence_of(int64_t id) const
         optional[int32_t] cached_tokens(int64_t id) const
@@ -152,6 +188,7 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         bint holds(int64_t id) const
         int32_t num_unfinished() const
         int32_t max_length() const
+        const StepTimeModel& step_time() const
         optional[string] check() except +translate_exception
         vector[RequestDump] dump() except +translate_exception
         int in_flight() const

@@ -1,11 +1,15 @@
-"""`python -m tokenspeed.bench NAME …`: benchmark programs. `serve` measures a running server over HTTP."""
+"""`python -m tokenspeed.bench NAME …`: benchmark programs.
+
+`serve` measures a running server over HTTP, `control` the control plane alone, `decode` the engine without a front end,
+`agentic` sessions of agents on the engine, `front` the front end without an engine, `grammars` structured output.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from tokenspeed.bench import serve
+from tokenspeed.bench import agentic, control, decode, front, grammars, serve
 
 
 def main() -> int:
@@ -15,7 +19,31 @@ def main() -> int:
     serve.add_flags(
         programs.add_parser("serve", help="streaming latency and throughput of a server", description=serve.__doc__)
     )
-    return serve.main(parser.parse_args())
+    control.add_flags(
+        programs.add_parser("control", help="microseconds a step of the control plane", description=control.__doc__)
+    )
+    decode.add_flags(
+        programs.add_parser("decode", help="decode rates of the engine without a front end", description=decode.__doc__)
+    )
+    agentic.add_flags(
+        programs.add_parser("agentic", help="turns of agents' sessions, in a closed loop", description=agentic.__doc__)
+    )
+    front.add_flags(
+        programs.add_parser("front", help="what the front end costs a streamed token", description=front.__doc__)
+    )
+    grammars.add_flags(
+        programs.add_parser("grammars", help="what structured output costs", description=grammars.__doc__)
+    )
+    options = parser.parse_args()
+    mains = {
+        "serve": serve.main,
+        "control": control.main,
+        "decode": decode.main,
+        "agentic": agentic.main,
+        "front": front.main,
+        "grammars": grammars.main,
+    }
+    return mains[options.program](options)
 
 
 if __name__ == "__main__":

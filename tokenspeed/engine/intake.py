@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import operator
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import SupportsIndex, cast
 
 import msgspec
+import numpy as np
 
 from tokenspeed.errors import ContextLengthExceeded, InvalidRequest
 from tokenspeed.request import SamplingParams
+from tokenspeed.text.prompt_memory import EncodedPrompt, PromptMemory
 from tokenspeed.text.spans import Span
 from tokenspeed.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Span]
 
+LONG_ANSWER = 4_096
 LARGE_TEXT = 32_768
 """Characters from which a prompt is tokenized in a worker thread, off the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What is fixed once the engine is ready. `defaults` are the checkpoint's own sampling defaults."""
+    """What is fixed once the engine is ready. `defaults` are the checkpoint's own sampling defaults.
+
+    `architecture` and `model_type` are the checkpoint's words for what it is, the second "" where it has none.
+    """
 
     model_name: str
+    architecture: str
+    model_type: str
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
@@ -33,6 +43,19 @@ class EngineFacts:
     num_blocks: int
     block_size: int
     summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A request that may be sent: the prompt's ids, also as little-endian int32, and the completed parameters.
+
+    `answered` is told what each choice generated, once, when it has ended.
+    """
+
+    ids: list[int]
+    raw: bytes
+    params: SamplingParams
+    answered: Callable[[list[int]], None]
 
 
 def _token_id(item: object) -> int:
@@ -45,19 +68,20 @@ def _token_id(item: object) -> int:
 class Intake:
     """Turns what a caller asked into token ids and complete parameters, or raises `InvalidRequest`."""
 
-    def __init__(self, tokenizer: Tokenizer, facts: EngineFacts, *, max_choices: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, memory: PromptMemory, facts: EngineFacts, *, max_choices: int) -> None:
         self._tokenizer = tokenizer
+        self._memory = memory
         self._facts = facts
         self._max_choices = max_choices
 
-    async def take(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
-        """The prompt's ids and the parameters with `max_tokens` and `bad_word_ids` filled in."""
-        ids = await self._encode(prompt)
-        field = "messages" if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Span) else "prompt"
+    async def take(self, prompt: Prompt, params: SamplingParams, salt: bytes) -> Taken:
+        """The prompt's ids, and the parameters with `max_tokens` and `bad_word_ids` filled in."""
+        ids, rendered = await self._encode(prompt, salt)
+        field = "prompt" if rendered is None else "messages"
         if not ids:
             raise InvalidRequest("the prompt is empty", param=field)
         last = self._facts.vocab_size - 1
-        if min(ids) < 0 or max(ids) > last:
+        if not self._in_vocabulary(ids if rendered is None else rendered.ids):
             wrong = next(token_id for token_id in ids if not 0 <= token_id <= last)
             raise InvalidRequest(f"{field} has token id {wrong}; the model has ids 0 to {last}", param=field)
         if params.n > self._max_choices:
@@ -81,7 +105,8 @@ class Intake:
             )
         if params.max_tokens is None:
             params = msgspec.structs.replace(params, max_tokens=room)
-        return ids, params
+        raw = np.asarray(ids if rendered is None else rendered.ids, dtype="<i4").tobytes()
+        return Taken(ids, raw, params, partial(self._answered, rendered))
 
     def _check_something_is_allowed(self, params: SamplingParams) -> None:
         """Before `min_tokens` the ids that end a request are masked, which may leave no allowed token."""
@@ -93,20 +118,40 @@ class Intake:
                     "min_tokens leaves no allowed token: each ends the request or is a bad word", param="min_tokens"
                 )
 
-    async def _encode(self, prompt: Prompt) -> list[int]:
+    def _in_vocabulary(self, ids: Sequence[int]) -> bool:
+        if isinstance(ids, array):
+            packed = np.frombuffer(ids, dtype="i4")  # 50,000 of them in 0.03 ms instead of 2
+            return bool(packed.min() >= 0 and packed.max() < self._facts.vocab_size)
+        return min(ids) >= 0 and max(ids) < self._facts.vocab_size
+
+    async def _encode(self, prompt: Prompt, salt: bytes) -> tuple[list[int], EncodedPrompt | None]:
+        """The ids of a prompt; those of one that a template made come from the memory, as far as it has them."""
         if isinstance(prompt, str):
             if len(prompt) >= LARGE_TEXT:
-                return await asyncio.to_thread(self._encode_text, prompt)
-            return self._encode_text(prompt)
+                return await asyncio.to_thread(self._encode_text, prompt), None
+            return self._encode_text(prompt), None
         kinds = set(map(type, prompt))
         if kinds == {int}:
-            return list(cast(Sequence[int], prompt))
+            return list(cast(Sequence[int], prompt)), None
         if kinds == {Span}:
             spans = list(cast(Sequence[Span], prompt))
-            if sum(len(span.text) for span in spans) >= LARGE_TEXT:
-                return await asyncio.to_thread(self._tokenizer.encode_spans, spans)
-            return self._tokenizer.encode_spans(spans)
-        return [_token_id(item) for item in prompt]
+            if sum([len(span.text) for span in spans]) >= LARGE_TEXT:
+                return await asyncio.to_thread(self._encode_spans, spans, salt)
+            return self._encode_spans(spans, salt)
+        return [_token_id(item) for item in prompt], None
+
+    def _encode_spans(self, spans: Sequence[Span], salt: bytes) -> tuple[list[int], EncodedPrompt]:
+        rendered = self._memory.encode(spans, salt)
+        return rendered.ids.tolist(), rendered
+
+    def _answered(self, rendered: EncodedPrompt | None, token_ids: list[int]) -> None:
+        """Remember what followed a prompt that a template made; a long answer, 0.3 µs a token, off the event loop."""
+        if rendered is None:
+            return
+        if len(token_ids) >= LONG_ANSWER:
+            asyncio.get_running_loop().run_in_executor(None, self._memory.remember, rendered, token_ids)
+        else:
+            self._memory.remember(rendered, token_ids)
 
     def _encode_text(self, prompt: str) -> list[int]:
         return self._tokenizer.encode(prompt, add_special_tokens=True, parse_special=False)

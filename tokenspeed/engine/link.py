@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tokenspeed.config import EngineConfig
-from tokenspeed.engine.messages import Failed, FromEngine, Ready, Shutdown, Start, ToEngine
+from tokenspeed.engine.messages import Failed, FromEngine, Lost, Ready, Shutdown, Start, ToEngine
 from tokenspeed.engine.transport import Channel
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,8 @@ QUIET_TORCH = {"OMP_WAIT_POLICY": "passive"}
 EXIT_SECONDS = 10.0
 """How long a child may take to end after `Shutdown` before it is killed."""
 
-Receive = Callable[[FromEngine], None]
+Heard = FromEngine | Lost
+Receive = Callable[[Heard], None]
 
 
 class EngineLink(Protocol):
@@ -46,6 +47,9 @@ class ProcessLink:
     behind however they end.
     """
 
+    program = "tokenspeed.engine.process"
+    """The module that is run."""
+
     def __init__(self, *, log_level: str = "info", log_format: str = "text") -> None:
         self._log = (log_level, log_format)
         self._channel: Channel[FromEngine] | None = None
@@ -62,7 +66,7 @@ class ProcessLink:
         try:
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "tokenspeed.engine.process", str(theirs.fileno()), *self._log,
+                    sys.executable, "-m", self.program, str(theirs.fileno()), *self._log,
                     stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True,
                     env=QUIET_TORCH | os.environ,
                 )  # fmt: skip

@@ -42,19 +42,27 @@ class LLM:
         self,
         prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | None = None,
+        *,
+        tps_floor: float | None = None,
     ) -> list[list[RequestOutput]]:
-        """Complete prompts together. For each prompt its `params.n` choices, each whole in one output."""
+        """Complete prompts together. For each prompt its `params.n` choices, each whole in one output.
+
+        `tps_floor` as for `AsyncEngine.submit`; one prompt refused is all refused.
+        """
         batch = _as_batch(prompts)
-        future = asyncio.run_coroutine_threadsafe(self._generate(batch, params or SamplingParams()), self._loop)
+        work = self._generate(batch, params or SamplingParams(), tps_floor)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
 
-    async def _generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[RequestOutput]]:
+    async def _generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, tps_floor: float | None
+    ) -> list[list[RequestOutput]]:
         # Not a TaskGroup: a refusal is raised as it is, not wrapped in an exception group.
-        tasks = [asyncio.create_task(self._whole(prompt, params)) for prompt in prompts]
+        tasks = [asyncio.create_task(self._whole(prompt, params, tps_floor)) for prompt in prompts]
         try:
             return await asyncio.gather(*tasks)
         except BaseException:
@@ -63,9 +71,9 @@ class LLM:
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
-    async def _whole(self, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
+    async def _whole(self, prompt: Prompt, params: SamplingParams, tps_floor: float | None) -> list[RequestOutput]:
         whole: dict[int, RequestOutput] = {}
-        async for delta in self._engine.generate(prompt, params):
+        async for delta in self._engine.generate(prompt, params, tps_floor=tps_floor):
             whole[delta.index] = merge(whole.get(delta.index), delta)
         return [whole[index] for index in sorted(whole)]
 

@@ -1,7 +1,7 @@
 """What the front end and the engine process say to each other: msgspec structs in msgpack frames.
 
-Front end → engine: `Start`, `Submit`, `Abort`, `FinishAt`, `Shutdown`.
-Engine → front end: `Loading`, `Ready`, `Failed`, `Accepted`, `Refused`, `Tokens`, `Heartbeat`.
+Front end → engine: `Start`, `Learn`, `Submit`, `Abort`, `FinishAt`, `Shutdown`.
+Engine → front end: `Loading`, `Ready`, `Failed`, `Learnt`, `Accepted`, `Refused`, `Tokens`, `Heartbeat`.
 An engine inside the caller's process exchanges the same objects without encoding them.
 """
 
@@ -10,14 +10,18 @@ from __future__ import annotations
 import msgspec
 
 from tokenspeed.config import EngineConfig
+from tokenspeed.engine.observe import StepHistograms
 from tokenspeed.request import TokenLogprob
+from tokenspeed.text.grammars.vocabulary import Vocabulary
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of the engine: requests and blocks as they are now, the rest since the start.
 
     `draining` requests have ended, but a step in flight may still touch their memory; `slowest_abort_seconds`
-    and `slowest_abort_steps` are the longest that an aborted one kept it.
+    and `slowest_abort_steps` are the longest that an aborted one kept it. `sessions_waiting` requests belong to
+    sessions that do not fit beside the `sessions_resident`. `refusals` counts by the reason, a `Refusal`'s name
+    in lower case. `streams_below_floor` had fewer tokens in the last second than their floor, as of the last heartbeat.
     """
 
     running: int = 0
@@ -26,11 +30,16 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
+    host_blocks_used: int = 0
+    sessions_resident: int = 0
+    sessions_waiting: int = 0
+    streams_below_floor: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
     num_steps: int = 0
+    refusals: dict[str, int] = {}
     num_aborts: int = 0
     slowest_abort_seconds: float = 0.0
     slowest_abort_steps: int = 0
@@ -45,7 +54,9 @@ class Start(msgspec.Struct, tag="start", frozen=True):
 class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
     """One choice of one request. `prompt` is little-endian int32; `seed` is already resolved.
 
-    `params` are `SamplingParams` still encoded: they are decoded where a bad one can be refused.
+    `params` are `SamplingParams` still encoded: they are decoded where a bad one can be refused. Equal `session`s
+    > 0 are turns of one conversation, 0 names none. `tps_floor` None is the engine's, 0 none. `grammar` is the key of a
+    grammar that the engine was taught, empty for none.
     """
 
     id: int
@@ -54,6 +65,21 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
     seed: int
     salt: bytes = b""
     priority: int = 0
+    session: int = 0
+    tps_floor: float | None = None
+    grammar: bytes = b""
+
+
+class Learn(msgspec.Struct, tag="learn", frozen=True):
+    """A grammar that requests are about to follow; each is answered by a `Learnt`.
+
+    Without `rules` it only asks whether the engine has it. `vocabulary` goes to an engine that has none yet.
+    """
+
+    id: int
+    key: bytes
+    rules: str = ""
+    vocabulary: Vocabulary | None = None
 
 
 class Abort(msgspec.Struct, tag="abort", frozen=True):
@@ -97,6 +123,26 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     config: bool
 
 
+class Lost(msgspec.Struct, frozen=True):
+    """This engine is over and another one is being started: `Ready` or `Failed` follows. Said by a link, not sent."""
+
+    error: str
+
+
+class Learnt(msgspec.Struct, tag="learnt", frozen=True):
+    """The answer to the `Learn` of this id: whether the engine holds the grammar now, or why it cannot be compiled.
+
+    `lacks_vocabulary`: it must be told that, too, before it can compile anything. `full`: it has no room for one more
+    beside those that requests follow.
+    """
+
+    id: int
+    held: bool
+    error: str = ""
+    lacks_vocabulary: bool = False
+    full: bool = False
+
+
 class Accepted(msgspec.Struct, tag="accepted", frozen=True):
     """The choice is queued."""
 
@@ -106,17 +152,21 @@ class Accepted(msgspec.Struct, tag="accepted", frozen=True):
 class Refused(msgspec.Struct, tag="refused", frozen=True, kw_only=True):
     """The choice was not queued. `reason` is the name of a `Refusal`, or INVALID with a `detail`.
 
-    `retry_after` is in whole seconds.
+    `param` is the field at fault, if it is known. `retry_after` is in whole seconds.
     """
 
     id: int
     reason: str
     detail: str = ""
+    param: str | None = None
     retry_after: int = 1
 
 
 class ChoiceTokens(msgspec.Struct, array_like=True, frozen=True):
-    """What one choice gained in one step. `finish` is a value of `batch.Finish`, `stop_id` −1 if none."""
+    """What one choice gained in one step. `finish` is a value of `batch.Finish`, `stop_id` −1 if none.
+
+    `error` may say more about one that ended with an error.
+    """
 
     id: int
     token_ids: list[int]
@@ -126,6 +176,7 @@ class ChoiceTokens(msgspec.Struct, array_like=True, frozen=True):
     queue_seconds: float = 0.0
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    error: str | None = None
 
 
 class Tokens(msgspec.Struct, tag="tokens", frozen=True):
@@ -136,10 +187,11 @@ class Tokens(msgspec.Struct, tag="tokens", frozen=True):
 
 
 class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
-    """The engine's event loop runs. Sent on a timer, also while loading (stats None) and in a long step."""
+    """The engine's event loop runs. Sent on a timer, also while loading (both None) and in a long step."""
 
     stats: EngineStats | None
+    steps: StepHistograms | None = None
 
 
-ToEngine = Start | Submit | Abort | FinishAt | Shutdown
-FromEngine = Loading | Ready | Failed | Accepted | Refused | Tokens | Heartbeat
+ToEngine = Start | Learn | Submit | Abort | FinishAt | Shutdown
+FromEngine = Loading | Ready | Failed | Learnt | Accepted | Refused | Tokens | Heartbeat

@@ -6,17 +6,19 @@ The same service runs inside the caller's event loop with `in_process=True`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-import msgspec
-
-from tokenspeed._core import Misuse, Scheduler
-from tokenspeed.batch import BatchLimits
-from tokenspeed.config import EngineConfig
+from tokenspeed._core import Misuse, Policy, Refusal, Scheduler
+from tokenspeed._core.record import RecordingScheduler
+from tokenspeed.config import STEERED_FLOOR, EngineConfig
+from tokenspeed.engine.grammars import Grammars
 from tokenspeed.engine.messages import (
     Abort,
     Accepted,
@@ -25,6 +27,8 @@ from tokenspeed.engine.messages import (
     FinishAt,
     FromEngine,
     Heartbeat,
+    Learn,
+    Learnt,
     Loading,
     Ready,
     Refused,
@@ -49,11 +53,55 @@ def _submitted(loop: StepLoop, message: Submit) -> Accepted | Refused:
     """The answer to one submission. No request, however malformed, goes further than this."""
     try:
         refusal = loop.submit(message)
-    except (msgspec.MsgspecError, InvalidRequest, Misuse) as error:
+    except InvalidRequest as error:
+        return Refused(id=message.id, reason="INVALID", detail=error.message, param=error.param)
+    except Misuse as error:
         return Refused(id=message.id, reason="INVALID", detail=str(error))
+    except MemoryError:
+        log.error("a request is refused for want of memory in the engine process")
+        refusal = Refusal.QUEUE_FULL
     if refusal is None:
         return Accepted(message.id)
     return Refused(id=message.id, reason=refusal.name, retry_after=loop.retry_after())
+
+
+def _ended(loop: StepLoop, message: Abort | FinishAt) -> None:
+    """A choice ends as its reader wants. An end that makes no sense is an abort, of a choice that there is."""
+    try:
+        if isinstance(message, FinishAt):
+            loop.finish(message.id, message.num_tokens)
+        else:
+            loop.abort(message.id)
+    except Misuse as error:
+        log.error("a request is aborted because its end makes no sense: %s", error)
+        with contextlib.suppress(Misuse):
+            loop.abort(message.id)
+
+
+def _policy(config: EngineConfig) -> Policy:
+    floor = STEERED_FLOOR if config.tps_floor is None else config.tps_floor
+    return Policy(
+        tps_floor=floor,
+        floor_is_promise=config.tps_floor is not None and floor > 0,
+        footprints=config.session_admission,
+        max_queue_seconds=config.max_queue_seconds,
+    )
+
+
+@contextlib.contextmanager
+def _naming_record(path: str) -> Iterator[None]:
+    """What the file system says of the recording, as the fault of its flag."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--record {path}: {error.strerror}") from None
+
+
+def _try_record(path: str) -> None:
+    """Raise `ConfigError` if no recording can be made there: before the model is loaded, which may take minutes."""
+    with _naming_record(path):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.unlink(path)
 
 
 class EngineService:
@@ -68,8 +116,11 @@ class EngineService:
         self._emit = emit
         self._loop: StepLoop | None = None
         self._executor: Executor | None = None
+        self._recording: RecordingScheduler | None = None
         self._serving: asyncio.Task[None] | None = None
         self._helpers: list[asyncio.Task[None]] = []
+        self._grammars = Grammars()
+        self._lessons: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Load, then serve in background tasks. Emits `Ready`, or `Failed` and raises what went wrong."""
@@ -80,6 +131,8 @@ class EngineService:
 
         beat = asyncio.create_task(self._beat())
         try:
+            if self._config.record is not None:
+                _try_record(self._config.record)
             loaded = await asyncio.to_thread(load_executor, self._config, progress)
             self._executor = loaded.executor
             self._loop = self._build(loaded)
@@ -108,24 +161,35 @@ class EngineService:
         )
 
     def _build(self, loaded: LoadedExecutor) -> StepLoop:
-        limits: BatchLimits = loaded.limits
-        core = Scheduler(
-            num_blocks=loaded.executor.num_blocks,
-            limits=limits,
-            max_model_len=loaded.max_model_len,
-            max_queued=self._config.max_queued_requests,
-            prefix_caching=self._config.enable_prefix_caching,
-            hash_key=secrets.token_bytes(16),
-        )
         return StepLoop(
-            core,
+            self._control_plane(loaded),
             loaded.executor,
             overlap=self._config.overlap,
             vocab_size=loaded.vocab_size,
             eos_token_ids=loaded.eos_token_ids,
             publish=self._publish,
+            grammars=self._grammars,
+            tps_floor=STEERED_FLOOR if self._config.tps_floor is None else self._config.tps_floor,
             debug=os.environ.get("TOKENSPEED_DEBUG") == "1",
         )
+
+    def _control_plane(self, loaded: LoadedExecutor) -> Scheduler:
+        sizes: dict[str, Any] = {
+            "num_blocks": loaded.executor.num_blocks,
+            "limits": loaded.limits,
+            "max_model_len": loaded.max_model_len,
+            "max_queued": self._config.max_queued_requests,
+            "prefix_caching": self._config.enable_prefix_caching,
+            "hash_key": secrets.token_bytes(16),
+            "policy": _policy(self._config),
+        }
+        path = self._config.record
+        if path is None:
+            return Scheduler(**sizes)
+        with _naming_record(path):
+            self._recording = RecordingScheduler.open(Path(path), **sizes)
+        log.warning("every call of the control plane, prompts included, is recorded in %s", path)
+        return self._recording
 
     def handle(self, message: ToEngine) -> None:
         """One input. Called on the event loop, so always between two calls of the control plane."""
@@ -135,14 +199,12 @@ class EngineService:
         match message:
             case Submit():
                 self._emit(_submitted(loop, message))
-            case Abort(request_id):
-                loop.abort(request_id)
-            case FinishAt(request_id, num_tokens):
-                try:
-                    loop.finish(request_id, num_tokens)
-                except Misuse as error:
-                    log.error("a request is aborted because its end makes no sense: %s", error)
-                    loop.abort(request_id)
+            case Learn():
+                lesson = asyncio.create_task(self._learn(message))
+                self._lessons.add(lesson)
+                lesson.add_done_callback(self._lessons.discard)
+            case Abort() | FinishAt():
+                _ended(loop, message)
             case Shutdown():
                 loop.stop()
             case Start():
@@ -154,15 +216,32 @@ class EngineService:
         await self._serving
 
     async def close(self) -> None:
-        """Stop the loop after its steps in flight and release the executor's thread and memory."""
+        """Stop the loop after its steps in flight; release the executor's thread and memory, end the recording."""
         if self._loop is not None:
             self._loop.stop()
-        for task in self._helpers:
+        self._grammars.close()
+        background = [*self._helpers, *self._lessons]
+        for task in background:
             task.cancel()
-        tasks = self._helpers if self._serving is None else [*self._helpers, self._serving]
+        tasks = background if self._serving is None else [*background, self._serving]
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._loop = None
+        if self._recording is not None:
+            try:
+                self._recording.close()
+            except OSError as error:
+                log.error("the recording lacks its end: %s", error)
+            self._recording = None
         if self._executor is not None:
             self._executor.close()
+
+    async def _learn(self, message: Learn) -> None:
+        try:
+            self._emit(await self._grammars.learn(message))
+        except Exception:
+            # Not a rescue: whoever waits for this grammar is told, and nothing else depends on it.
+            log.exception("a grammar could not be compiled")
+            self._emit(Learnt(message.id, held=False, error="the engine could not compile it"))
 
     def _publish(self, choices: list[ChoiceTokens]) -> None:
         assert self._loop is not None
@@ -173,6 +252,7 @@ class EngineService:
             await loop.run()
         except Exception as error:
             # Not a rescue: every stream is told, then the engine ends with this very exception.
+            self._loop = None
             log.exception("the step loop failed; the engine ends")
             log.error("state of the control plane: %s", loop.dump())
             self._emit(Failed(f"{type(error).__name__}: {error}", config=False))
@@ -180,7 +260,12 @@ class EngineService:
 
     async def _beat(self) -> None:
         while True:
-            self._emit(Heartbeat(self._loop.stats() if self._loop is not None else None))
+            loop = self._loop
+            if loop is None:
+                self._emit(Heartbeat(None))
+            else:
+                loop.look()
+                self._emit(Heartbeat(loop.stats(), loop.histograms))
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _report(self, loop: StepLoop) -> None:

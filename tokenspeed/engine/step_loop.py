@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,21 +20,21 @@ import numpy as np
 from tokenspeed._core import Refusal
 from tokenspeed._core.scheduler import Scheduler
 from tokenspeed.batch import Finish, Int32Array, Logprobs, Outputs, Plan, StepResult
+from tokenspeed.engine.grammars import Constraint, Grammars
 from tokenspeed.engine.messages import ChoiceTokens, EngineStats, Submit
+from tokenspeed.engine.observe import Pace, StepHistograms
 from tokenspeed.engine.step_timer import StepTimer
 from tokenspeed.errors import InvalidRequest, InvariantBroken
 from tokenspeed.executor.interface import Binding, Executor, Flight
-from tokenspeed.request import SamplingParams, TokenLogprob
+from tokenspeed.request import MAX_SEED, SamplingParams, TokenLogprob
 
 log = logging.getLogger(__name__)
 
 LEAST_LOGPROB = -9999.0
 """Stands for the logarithm of 0, which JSON cannot say; the value that other engines use."""
 
-RATE_SECONDS = 30.0
-"""How far back finished requests say how fast the queue moves."""
-
 Publish = Callable[[list[ChoiceTokens]], None]
+Flights = deque[tuple[Plan, Flight]]
 
 
 _PARAMS = msgspec.msgpack.Decoder(SamplingParams)
@@ -51,7 +52,10 @@ class Known:
     stop_ids: Int32Array
     prompt_len: int
     arrived: float
+    pace: Pace
     prompt_logprobs: list[TokenLogprob | None] | None
+    constraint: Constraint
+    num_tokens: int = 0
     queue_seconds: float | None = None
     started: bool = False
 
@@ -68,7 +72,8 @@ class Aborts:
 class StepLoop:
     """Drives one control plane and one executor. `overlap` is how many steps may be in flight while planning.
 
-    `publish` is called once a step with everything that the step gave. `debug` recounts the control
+    `publish` is called once a step with everything that the step gave. `tps_floor` is what streams are to keep that
+    name none of their own. `debug` recounts the control
     plane's state after every commit and stops the engine at the first inconsistency.
     """
 
@@ -81,6 +86,8 @@ class StepLoop:
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
         publish: Publish,
+        grammars: Grammars | None = None,
+        tps_floor: float = 0.0,
         debug: bool = False,
     ) -> None:
         self._core = core
@@ -89,6 +96,8 @@ class StepLoop:
         self._vocab_size = vocab_size
         self._eos = eos_token_ids
         self._publish_to = publish
+        self._grammars = grammars or Grammars()
+        self._tps_floor = tps_floor
         self._debug = debug
         self._buffers = [executor.new_buffers() for _ in range(overlap + 1)]
         self._known: dict[int, Known] = {}
@@ -98,54 +107,83 @@ class StepLoop:
         self._wake = asyncio.Event()
         self._stopping = False
         self._steps = 0
-        self._finished: deque[float] = deque(maxlen=64)
+        self._refusals: Counter[str] = Counter()
+        self._paces: dict[int, Pace] = {}
+        self._below_floor = 0
         self.timer = StepTimer()
+        self.histograms = StepHistograms()
 
     # Inputs ------------------------------------------------------------------------------------
 
     def submit(self, request: Submit) -> Refusal | None:
         """Queue one choice, or say why not. Takes effect at the next plan.
 
-        Everything is checked again here, whoever sent it. Raises `msgspec.MsgspecError`, `InvalidRequest` or
-        `Misuse` for what a front end should have refused; nothing has changed then.
+        Everything is checked again here, whoever sent it. Raises `InvalidRequest` or `Misuse` for what a front end
+        should have refused, `MemoryError` where there is none left; nothing has changed then.
         """
-        params = _PARAMS.decode(request.params)
-        params.check(self._vocab_size)
-        prompt = np.frombuffer(request.prompt, dtype=np.int32)
-        if prompt.size and int(prompt.max()) >= self._vocab_size:
-            raise InvalidRequest(f"the prompt has a token id of {int(prompt.max())}", param="prompt")
+        params, prompt = self._checked(request)
         eos = () if params.ignore_eos else self._eos
-        stop_ids = np.array(sorted({*eos, *params.stop_token_ids}), dtype=np.int32)
+        stops = {*eos, *params.stop_token_ids}
+        stop_ids = np.array(sorted(stops), dtype=np.int32)
+        constraint = self._grammars.follow(request.grammar, stops)
         refusal = self._core.submit(
             request.id,
             prompt,
+            now=time.monotonic(),
             max_tokens=params.max_tokens,
             min_tokens=params.min_tokens,
             stop_ids=stop_ids,
             salt=request.salt,
             priority=request.priority,
             reuse_prefix=params.prompt_logprobs is None,
+            session=request.session,
+            tps_floor=request.tps_floor,
         )
         if refusal is not None:
+            self._refusals[refusal.name.lower()] += 1
             return refusal
         scores: list[TokenLogprob | None] | None = None if params.prompt_logprobs is None else [None]
-        self._known[request.id] = Known(params, request.seed, stop_ids, len(prompt), time.monotonic(), scores)
+        pace = Pace(self._tps_floor if request.tps_floor is None else request.tps_floor)
+        arrived = time.monotonic()
+        self._known[request.id] = Known(
+            params, request.seed, stop_ids, len(prompt), arrived, pace, scores, constraint
+        )
         self._wake.set()
         return None
+
+    def _checked(self, request: Submit) -> tuple[SamplingParams, Int32Array]:
+        """Whatever would only fail later, in a step that others share; the control plane checks the rest."""
+        try:
+            params = _PARAMS.decode(request.params)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"its parameters cannot be read: {error}") from None
+        params.check(self._vocab_size)
+        if len(request.prompt) % 4:
+            raise InvalidRequest("the prompt is cut off within a token id", param="prompt")
+        prompt: Int32Array = np.frombuffer(request.prompt, dtype="<i4")
+        if prompt.size and int(prompt.max()) >= self._vocab_size:
+            raise InvalidRequest(f"the prompt has a token id of {int(prompt.max())}", param="prompt")
+        room = self._core.max_length - prompt.size
+        if params.min_tokens > max(room, 0):
+            raise InvalidRequest(
+                f"min_tokens is {params.min_tokens}, but context and cache have room for {room}", param="min_tokens"
+            )
+        if not 0 <= request.seed < MAX_SEED:
+            raise InvalidRequest(f"a resolved seed is from 0 to 2**63 - 1, got {request.seed}", param="seed")
+        return params, prompt
 
     def abort(self, request_id: int) -> None:
         """End a choice that nobody reads. Its slot and blocks come back when its last step lands."""
         if self._core.abort(request_id):
             self._leaving[request_id] = (time.monotonic(), self._steps)
             self._note_departures()
-        self._known.pop(request_id, None)
+        self._forget(request_id)
         self._wake.set()
 
     def finish(self, request_id: int, num_tokens: int) -> None:
         """End a choice at a stop string after `num_tokens` generated tokens."""
         self._core.finish(request_id, num_tokens)
-        if self._known.pop(request_id, None) is not None:
-            self._finished.append(time.monotonic())
+        self._forget(request_id)
         self._wake.set()
 
     def stop(self) -> None:
@@ -157,16 +195,17 @@ class StepLoop:
 
     async def run(self) -> None:
         """Serve until `stop`. Whatever a step raises ends the loop and is raised here."""
-        flights: deque[tuple[Plan, Flight]] = deque()
+        flights: Flights = deque()
         turn = 0
         while True:
             plan = None if self._stopping else self._plan(turn)
             if plan is not None:
                 flights.append((plan, self._executor.launch(plan, self._bindings(plan))))
+                self._mask(flights)
                 turn = (turn + 1) % len(self._buffers)
             if len(flights) > self._overlap or (plan is None and flights):
                 launched, flight = flights.popleft()
-                self._land(launched, await flight.tokens(), more=bool(flights))
+                self._land(launched, await flight.tokens(), flights)
             elif plan is None:
                 if self._stopping:
                     return
@@ -191,13 +230,25 @@ class StepLoop:
                 known.queue_seconds = time.monotonic() - known.arrived
             tokens, prompt_len = self._core.tokens_of(request_id)
             self._slots[slot] = request_id
-            bindings.append(Binding(known.params, tokens, prompt_len, known.seed, known.stop_ids))
+            masked = known.constraint.masked
+            bindings.append(Binding(known.params, tokens, prompt_len, known.seed, known.stop_ids, masked))
         return bindings
 
-    def _land(self, plan: Plan, result: StepResult, *, more: bool) -> None:
+    def _mask(self, flights: Flights) -> None:
+        """Tell the oldest step in flight what its rows may sample: every token before it is known now."""
+        if len(flights) == 1:
+            _, flight = flights[0]
+            flight.mask([self._mask_of(self._slots[slot]) for slot in flight.masked])
+
+    def _mask_of(self, request_id: int) -> Int32Array | None:
+        known = self._known.get(request_id)
+        return None if known is None else known.constraint.mask
+
+    def _land(self, plan: Plan, result: StepResult, flights: Flights) -> None:
         start = time.perf_counter()
         self._collect_prompt_logprobs(plan, result)
-        outputs = self._core.commit(result.step, result.tokens, result.num_tokens)
+        seconds = result.times.forward + result.times.sample
+        outputs = self._core.commit(result.step, result.tokens, result.num_tokens, seconds)
         committed = time.perf_counter()
         if self._debug and (violation := self._core.check()) is not None:
             raise InvariantBroken(violation)
@@ -205,12 +256,15 @@ class StepLoop:
         if self._leaving:
             self._note_departures()
         choices = self._choices(result, outputs)
+        self._mask(flights)
         if choices:
             self._publish_to(choices)
         done = time.perf_counter()
         self.timer.commit += committed - start
         self.timer.publish += done - committed
-        self.timer.landed(done, plan.num_rows, result.times, more=more)
+        wall = self.timer.landed(done, plan.num_rows, result.times, more=bool(flights))
+        self.histograms.seconds.observe(wall)
+        self.histograms.tokens.observe(plan.num_tokens)
 
     def _note_departures(self) -> None:
         """Measure how long aborted choices held their memory: a launched step may have to land first."""
@@ -224,16 +278,7 @@ class StepLoop:
 
     def _choices(self, result: StepResult, outputs: Outputs) -> list[ChoiceTokens]:
         choices = []
-        entries = zip(
-            outputs.request_ids.tolist(),
-            outputs.sample_index.tolist(),
-            outputs.tokens.tolist(),
-            outputs.num_tokens.tolist(),
-            outputs.finish.tolist(),
-            outputs.stop_ids.tolist(),
-            strict=True,
-        )
-        for request_id, index, tokens, count, finish, stop_id in entries:
+        for request_id, index, token, count, finish, stop_id, cached in outputs.entries():
             known = self._known.get(request_id)
             if known is None:
                 continue
@@ -241,23 +286,34 @@ class StepLoop:
             if result.logprobs is not None and known.params.logprobs is not None and count:
                 logprobs = [_entry(result.logprobs, index, known.params.logprobs)]
             first = not known.started
-            known.started = True
+            if first:
+                known.started = True
+                self._paces[request_id] = known.pace
+            known.pace.tokens += count
+            known.num_tokens += count
+            ended = known.constraint.advance(token, count, finish)
+            if ended != finish:
+                self._core.finish(request_id, known.num_tokens)
             choices.append(
                 ChoiceTokens(
                     request_id,
-                    tokens[:count],
-                    finish,
+                    [token] if count else [],
+                    ended,
                     stop_id,
-                    self._core.cached_tokens(request_id) if first else 0,
+                    cached if first else 0,
                     (known.queue_seconds or 0.0) if first else 0.0,
                     logprobs,
                     known.prompt_logprobs if first else None,
+                    known.constraint.error,
                 )
             )
-            if finish != Finish.NONE:
-                del self._known[request_id]
-                self._finished.append(time.monotonic())
+            if ended != Finish.NONE:
+                self._forget(request_id)
         return choices
+
+    def _forget(self, request_id: int) -> None:
+        self._known.pop(request_id, None)
+        self._paces.pop(request_id, None)
 
     def _collect_prompt_logprobs(self, plan: Plan, result: StepResult) -> None:
         """Append the scores of a chunk; a chunk recomputed after a preemption adds nothing."""
@@ -282,29 +338,33 @@ class StepLoop:
             blocks_total=core.blocks_free + core.blocks_cached + core.blocks_used,
             blocks_used=core.blocks_used,
             blocks_cached=core.blocks_cached,
+            host_blocks_used=core.host_blocks_used,
+            sessions_resident=core.sessions_resident,
+            sessions_waiting=core.sessions_waiting,
+            streams_below_floor=self._below_floor,
             num_preemptions=core.preemptions,
             prompt_tokens=core.prompt_tokens,
             cached_tokens=core.cached_prompt_tokens,
             generation_tokens=core.generated_tokens,
             num_steps=self._steps,
+            refusals=dict(self._refusals),
             num_aborts=self._aborts.count,
             slowest_abort_seconds=self._aborts.slowest_seconds,
             slowest_abort_steps=self._aborts.slowest_steps,
         )
+
+    def look(self) -> None:
+        """Count the streams below their floor, for `stats`. Called with each heartbeat."""
+        now = time.monotonic()
+        self._below_floor = sum(pace.is_below(now) for pace in self._paces.values())
 
     def dump(self) -> dict[str, object]:
         """The control plane's whole state, for the log of an engine that ends."""
         return self._core.dump()
 
     def retry_after(self) -> int:
-        """Whole seconds until the queue has probably moved: waiting requests over the recent rate of finishes."""
-        now = time.monotonic()
-        while self._finished and now - self._finished[0] > RATE_SECONDS:
-            self._finished.popleft()
-        if len(self._finished) < 2:
-            return 1
-        rate = (len(self._finished) - 1) / max(now - self._finished[0], 1e-3)
-        return max(1, min(60, round(self._core.stats().waiting / rate)))
+        """After a refusal: whole seconds until it is worth while to ask again."""
+        return math.ceil(self._core.retry_after)
 
 
 def _entry(scores: Logprobs, index: int, top: int) -> TokenLogprob:

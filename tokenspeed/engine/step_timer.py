@@ -30,15 +30,16 @@ class StepTimer:
         if self._landed is None:
             self._landed = now
 
-    def landed(self, now: float, rows: int, times: StepTimes, *, more: bool) -> None:
-        """A step's result was committed and published; `more` tells if another one is in flight."""
-        if self._landed is not None:
-            self.wall += now - self._landed
+    def landed(self, now: float, rows: int, times: StepTimes, *, more: bool) -> float:
+        """A step was committed and published; `more` tells if another one is in flight. Gives its wall time."""
+        wall = now - self._landed if self._landed is not None else 0.0
+        self.wall += wall
         self._landed = now if more else None
         self.steps += 1
         self.rows += rows
         self.forward += times.forward
         self.sample += times.sample
+        return wall
 
     def line(self) -> str | None:
         """One line for the log and a fresh start; None if nothing ran."""

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
-from tokenspeed.entrypoints.answers import Gathered, TokenTexts, Usage, encode, event, prompt_logprobs_json, token_text
+from tokenspeed.entrypoints.answers import (
+    Gathered,
+    OpenAIEvents,
+    TokenTexts,
+    Usage,
+    encode,
+    event,
+    prompt_logprobs_json,
+    token_text,
+)
 from tokenspeed.entrypoints.schema import Delivery
-from tokenspeed.request import RequestOutput, SamplingParams, TokenLogprob
+from tokenspeed.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
+from tokenspeed.text.parsers.choose import AnswerParser
+from tokenspeed.text.parsers.events import CallArguments, CallBegun, Content, Event, Reasoning
+from tokenspeed.text.parsers.thought_tokens import ThoughtTokens
+
+MARKER = "\x00text\x00"
+"""Stands for the text in the frame of an event."""
 
 
-class ChatAnswer:
-    """Writes the answer of one chat request. The usual event is a byte template around the encoded text."""
+@dataclass(slots=True)
+class Turn:
+    """What events add to an assistant message: a delta of it, or the whole."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, events: Sequence[Event]) -> None:
+        """Take in events in their order."""
+        for item in events:
+            match item:
+                case Content(text):
+                    self.content += text
+                case Reasoning(text):
+                    self.reasoning += text
+                case CallBegun(index, id, name):
+                    self.calls[index] = {"id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+                case CallArguments(index, fragment):
+                    call = self.calls.setdefault(index, {"function": {"arguments": ""}})
+                    call["function"]["arguments"] += fragment
+
+
+class ChatAnswer(OpenAIEvents):
+    """Writes the answer of one chat request. The usual event is a byte template around the encoded text.
+
+    `make_parser` makes what finds reasoning and tool calls in a choice; without it all text is content. Reasoning
+    goes out under each of the `reasoning_fields`, and is left out if there are none.
+    """
 
     def __init__(
         self,
@@ -22,44 +66,55 @@ class ChatAnswer:
         params: SamplingParams,
         prompt_token_ids: Sequence[int],
         texts: TokenTexts,
+        make_parser: Callable[[], AnswerParser] | None,
+        reasoning_fields: Sequence[str],
     ) -> None:
         self._base = {"id": id, "created": created, "model": delivery.model}
         self._usage_null = delivery.stream and delivery.include_usage
+        super().__init__({**self._base, "object": "chat.completion.chunk"} if self._usage_null else None)
         self._token_ids = delivery.return_token_ids
         self._logprobs = params.logprobs is not None
         self._prompt_logprobs = params.prompt_logprobs is not None
         self._prompt_token_ids = prompt_token_ids
         self._texts = texts
+        self._parsers = [make_parser() for _ in range(params.n)] if make_parser is not None else None
+        thinks = self._parsers is not None and self._parsers[0].thinks
+        self._thoughts = [ThoughtTokens() for _ in range(params.n)] if thinks else None
+        self._reasoning_fields = reasoning_fields
         self._started: set[int] = set()
+        self._calling: set[int] = set()
         self._plain = not self._token_ids and not self._logprobs
-        marker = "\x00text\x00"
-        template = event(
-            self._chunk({"index": 0, "delta": {"content": marker}, "logprobs": None, "finish_reason": None})
-        )
-        before, self._tail = template.split(encode(marker))
-        self._heads = [before.replace(b'"index":0,', b'"index":%d,' % index) for index in range(params.n)]
+        self._content = [self._frame(index, {"content": MARKER}) for index in range(params.n)]
+        self._reasoning: list[list[bytes]] | None = None
+        if len(reasoning_fields) == 1:
+            self._reasoning = [self._frame(index, {reasoning_fields[0]: MARKER}) for index in range(params.n)]
+        self._arguments: dict[tuple[int, int], list[bytes]] = {}
 
     def event(self, index: int, output: RequestOutput) -> bytes:
         """See `Answer`."""
+        ended = output.finish_reason is not None
+        events = self._read(index, output.text, ended, len(output.token_ids))
         first = index not in self._started
-        if self._plain and output.finish_reason is None:
-            if not output.text:
+        if self._plain and not ended:
+            if not events:
                 return b""
-            if not first:
-                return b"%b%b%b" % (self._heads[index], encode(output.text), self._tail)
-        delta: dict[str, Any] = {}
-        if first:
-            self._started.add(index)
-            delta["role"] = "assistant"
-        if output.text or first:
-            delta["content"] = output.text
+            if len(events) == 1 and not first and (framed := self._framed(index, events[0])) is not None:
+                return framed
+        turn = Turn()
+        turn.add(events)
+        if self._plain and not ended and not (turn.calls or turn.content or turn.reasoning):
+            return b""
+        if turn.calls:
+            self._calling.add(index)
         choice: dict[str, Any] = {
             "index": index,
-            "delta": delta,
+            "delta": self._delta(turn, first),
             "logprobs": self._logprobs_json(output.logprobs or ()),
-            "finish_reason": output.finish_reason,
+            "finish_reason": _finish_reason(output.finish_reason, index in self._calling),
         }
-        if output.finish_reason is not None:
+        if first:
+            self._started.add(index)
+        if ended:
             choice["stop_reason"] = output.stop_reason
         if self._token_ids:
             choice["token_ids"] = output.token_ids
@@ -68,10 +123,9 @@ class ChatAnswer:
             chunk["prompt_token_ids"] = self._prompt_token_ids
         return event(chunk)
 
-    def usage_event(self, usage: Usage) -> bytes:
+    def closing(self, usage: Usage) -> bytes:
         """See `Answer`."""
-        base = {**self._base, "object": "chat.completion.chunk"}
-        return event({**base, "choices": [], "usage": usage.as_json()})
+        return super().closing(self._with_thoughts(usage))
 
     def whole(self, choices: list[Gathered], usage: Usage) -> bytes:
         """See `Answer`."""
@@ -79,7 +133,7 @@ class ChatAnswer:
             **self._base,
             "object": "chat.completion",
             "choices": [self._choice(choice) for choice in choices],
-            "usage": usage.as_json(),
+            "usage": self._with_thoughts(usage).as_json(),
         }
         if self._prompt_logprobs:
             body["prompt_logprobs"] = prompt_logprobs_json(choices[0].prompt_logprobs, self._texts)
@@ -87,12 +141,86 @@ class ChatAnswer:
             body["prompt_token_ids"] = self._prompt_token_ids
         return encode(body)
 
+    def _frame(self, index: int, delta: dict[str, Any]) -> list[bytes]:
+        """What stands before and behind the text `MARKER` in an event that adds only text."""
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return event(self._chunk(choice)).split(encode(MARKER))
+
+    def _framed(self, index: int, item: Event) -> bytes | None:
+        """The event of a choice for which the text is all that is new, None where there is more to say."""
+        kind = type(item)
+        if kind is Content:
+            return encode(item.text).join(self._content[index])  # type: ignore[union-attr]
+        if kind is Reasoning and self._reasoning is not None:
+            return encode(item.text).join(self._reasoning[index])  # type: ignore[union-attr]
+        if isinstance(item, CallArguments):
+            frame = self._arguments.get((index, item.index))
+            if frame is None:
+                call = {"index": item.index, "function": {"arguments": MARKER}}
+                frame = self._arguments[index, item.index] = self._frame(index, {"tool_calls": [call]})
+            return encode(item.fragment).join(frame)
+        return None
+
+    def _read(self, index: int, text: str, ended: bool, num_tokens: int) -> list[Event]:
+        """What more text of a choice turns out to be."""
+        if self._parsers is None:
+            return [Content(text)] if text else []
+        parser = self._parsers[index]
+        events = self._counted(index, text, num_tokens) if parser.thinks else parser.feed(text)
+        if ended:
+            events = [*events, *parser.finish()]
+        if not self._reasoning_fields:
+            events = [item for item in events if not isinstance(item, Reasoning)]
+        return events
+
+    def _whole_turn(self, choice: Gathered) -> Turn:
+        """A choice's message. While it thinks it is read as it came, so that the tokens of its thinking are counted."""
+        if self._parsers is None:
+            return Turn(content="".join(choice.texts))
+        parser, events, read = self._parsers[choice.index], list[Event](), 0
+        while parser.thinks and read < len(choice.texts):
+            events += self._counted(choice.index, choice.texts[read], choice.token_counts[read])
+            read += 1
+        turn = Turn()
+        turn.add(_joined(events))
+        turn.add([*parser.feed("".join(choice.texts[read:])), *parser.finish()])
+        if not self._reasoning_fields:
+            turn.reasoning = ""
+        return turn
+
+    def _counted(self, index: int, text: str, num_tokens: int) -> list[Event]:
+        assert self._parsers is not None and self._thoughts is not None
+        events = self._parsers[index].feed(text)
+        self._thoughts[index].add(events, num_tokens)
+        return events
+
+    def _with_thoughts(self, usage: Usage) -> Usage:
+        if self._thoughts is not None:
+            usage.reasoning_tokens = sum(thoughts.count for thoughts in self._thoughts)
+        return usage
+
+    def _delta(self, turn: Turn, first: bool) -> dict[str, Any]:
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if turn.reasoning:
+            delta.update(dict.fromkeys(self._reasoning_fields, turn.reasoning))
+        if turn.content or (first and not turn.reasoning and not turn.calls):
+            delta["content"] = turn.content
+        if turn.calls:
+            delta["tool_calls"] = [{"index": index, **call} for index, call in turn.calls.items()]
+        return delta
+
     def _choice(self, choice: Gathered) -> dict[str, Any]:
+        turn = self._whole_turn(choice)
+        message: dict[str, Any] = {"role": "assistant", "content": turn.content or (None if turn.calls else "")}
+        if turn.reasoning:
+            message.update(dict.fromkeys(self._reasoning_fields, turn.reasoning))
+        if turn.calls:
+            message["tool_calls"] = list(turn.calls.values())
         result: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": "".join(choice.texts)},
+            "message": message,
             "logprobs": self._logprobs_json(choice.logprobs),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": _finish_reason(choice.finish_reason, bool(turn.calls)),
             "stop_reason": choice.stop_reason,
         }
         if self._token_ids:
@@ -119,3 +247,19 @@ class ChatAnswer:
     def _token_json(self, token_id: int, logprob: float) -> dict[str, Any]:
         raw = self._texts.token_bytes(token_id)
         return {"token": token_text(self._texts, token_id), "logprob": logprob, "bytes": list(raw)}
+
+
+def _joined(events: list[Event]) -> list[Event]:
+    """The same with neighbours of one kind in one: adding each to a long text would copy it each time."""
+    result: list[Event] = []
+    for kind, run in groupby(events, type):
+        if issubclass(kind, Content | Reasoning):
+            result.append(kind("".join(event.text for event in run if isinstance(event, Content | Reasoning))))
+        else:
+            result += run
+    return result
+
+
+def _finish_reason(reason: FinishReason | None, calls: bool) -> str | None:
+    """A choice that ended by itself and calls tools has ended for that."""
+    return "tool_calls" if calls and reason == "stop" else reason

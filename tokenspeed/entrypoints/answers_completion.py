@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenspeed.entrypoints.answers import Gathered, TokenTexts, Usage, encode, event, prompt_logprobs_json, token_text
+from tokenspeed.entrypoints.answers import (
+    Gathered,
+    OpenAIEvents,
+    TokenTexts,
+    Usage,
+    encode,
+    event,
+    prompt_logprobs_json,
+    token_text,
+)
 from tokenspeed.entrypoints.schema_completion import CompletionRequest
 from tokenspeed.request import RequestOutput, TokenLogprob
 
 
-class CompletionAnswer:
+class CompletionAnswer(OpenAIEvents):
     """Writes the answer of one completion request; choices are numbered prompt by prompt.
 
     `prompt_texts` has the text of each prompt, empty without echo.
@@ -29,6 +38,7 @@ class CompletionAnswer:
         delivery = request.delivery
         self._base = {"id": id, "object": "text_completion", "created": created, "model": delivery.model}
         self._usage_null = delivery.stream and delivery.include_usage
+        super().__init__(self._base if self._usage_null else None)
         self._token_ids = delivery.return_token_ids
         self._logprobs = request.params.logprobs
         self._prompt_logprobs = request.shows_prompt_logprobs
@@ -72,10 +82,6 @@ class CompletionAnswer:
             if first:
                 choice["prompt_token_ids"] = self._prompt_token_ids[prompt]
         return event(self._chunk(choice))
-
-    def usage_event(self, usage: Usage) -> bytes:
-        """See `Answer`."""
-        return event({**self._base, "choices": [], "usage": usage.as_json()})
 
     def whole(self, choices: list[Gathered], usage: Usage) -> bytes:
         """See `Answer`."""

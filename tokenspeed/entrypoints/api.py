@@ -6,7 +6,9 @@ What is slow to import is imported last, so that a wrong flag or a taken port is
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import signal
 import ssl
 import sys
 from collections.abc import Sequence
@@ -17,13 +19,21 @@ from tokenspeed.entrypoints.listen import bind, bind_unix
 from tokenspeed.errors import ConfigError
 from tokenspeed.logs import configure_logging
 
+log = logging.getLogger(__name__)
+
 EXIT_CONFIG = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop; the return value is the exit status."""
+    config: ServerConfig | None = None
     try:
         config = parse_flags(sys.argv[1:] if arguments is None else arguments, os.environ)
+        if config.explain_parallel:
+            from tokenspeed.models.explain import explained_engine  # noqa: PLC0415
+
+            print("\n".join(explained_engine(config.engine)))
+            return 0
         configure_logging(config.log_level, config.log_format, role="api")
         tls = _tls(config)
         listener = bind_unix(config.uds) if config.uds else bind(config.host, config.port)
@@ -39,8 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if config.uds:
                 Path(config.uds).unlink(missing_ok=True)
     except ConfigError as error:
-        print(f"tokenspeed: {error}", file=sys.stderr)
+        if config is not None and config.log_format == "json":
+            log.critical("%s", error)
+        else:
+            print(f"tokenspeed: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except KeyboardInterrupt:  # while the rest was being imported; later `serve` is told of signals
+        return 128 + signal.SIGINT
 
 
 def _tls(config: ServerConfig) -> ssl.SSLContext | None:

@@ -5,22 +5,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import uuid
 from collections.abc import AsyncIterator
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tokenspeed.entrypoints import routes_openai, routes_operation, routes_text
+from tokenspeed.entrypoints import (
+    routes_anthropic,
+    routes_generate,
+    routes_info,
+    routes_openai,
+    routes_operation,
+    routes_responses,
+    routes_text,
+)
 from tokenspeed.entrypoints.connection import Connection
 from tokenspeed.entrypoints.door import DOOR, Door
-from tokenspeed.entrypoints.errors import error_response, from_http_exception
+from tokenspeed.entrypoints.errors import error_response, from_http_exception, speaks_anthropic
 from tokenspeed.entrypoints.generation import ARRIVED, TENANT
-from tokenspeed.errors import RequestError
+from tokenspeed.entrypoints.schema import checked_label
+from tokenspeed.errors import InvalidRequest, RequestError
+from tokenspeed.logs import REQUEST_ID
 
 log = logging.getLogger(__name__)
 
-QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})
+QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics", "/v1/load", "/v1/loads"})
 """Polled by machines; their log lines are at debug level."""
+
+ALLOWED_HEADERS = (
+    "Authorization, Content-Type, X-Api-Key, X-Request-Id, X-Explain-Cache, "
+    "Anthropic-Version, Anthropic-Beta, Anthropic-Dangerous-Direct-Browser-Access"
+)
+"""What a page of an allowed origin may send; Anthropic's client sends the last three."""
 
 LAG_PERIOD = 1.0
 
@@ -35,6 +52,14 @@ def make_app(door: Door) -> web.Application:
         [
             web.post("/v1/chat/completions", routes_openai.chat_completions),
             web.post("/v1/completions", routes_openai.completions),
+            web.post("/v1/messages", routes_anthropic.messages),
+            web.post("/v1/messages/count_tokens", routes_anthropic.count_tokens),
+            web.post("/v1/responses", routes_responses.create),
+            web.get("/v1/responses/{id}", routes_responses.retrieve, allow_head=False),
+            web.delete("/v1/responses/{id}", routes_responses.delete),
+            web.post("/v1/responses/{id}/cancel", routes_responses.cancel),
+            web.get("/v1/responses/{id}/input_items", routes_responses.input_items, allow_head=False),
+            web.post("/generate", routes_generate.generate),
             web.get("/v1/models", routes_openai.models, allow_head=False),
             web.get("/v1/models/{name:.+}", routes_openai.model, allow_head=False),
             web.post("/tokenize", routes_text.tokenize),
@@ -44,6 +69,13 @@ def make_app(door: Door) -> web.Application:
             web.get("/health_generate", routes_operation.health_generate, allow_head=False),
             web.get("/metrics", routes_operation.metrics, allow_head=False),
             web.get("/version", routes_operation.version, allow_head=False),
+            web.get("/v1/load", routes_info.load, allow_head=False),
+            web.get("/v1/loads", routes_info.load, allow_head=False),
+            web.get("/server_info", routes_info.server_info, allow_head=False),
+            web.get("/get_server_info", routes_info.server_info, allow_head=False),
+            web.get("/model_info", routes_info.model_info, allow_head=False),
+            web.get("/get_model_info", routes_info.model_info, allow_head=False),
+            web.get("/openapi.json", routes_info.openapi, allow_head=False),
             web.post("/abort_request", routes_operation.abort_request),
         ]
     )
@@ -55,6 +87,7 @@ async def _surround(request: web.Request, handler: Handler) -> web.StreamRespons
     """Key, route, error shape, CORS, log line: the same for every route, unknown ones included."""
     clock = asyncio.get_running_loop().time
     request[ARRIVED] = clock()
+    REQUEST_ID.set(_request_id(request))
     if isinstance(request.protocol, Connection):
         request.protocol.headers_arrived()
     door = request.app[DOOR]
@@ -65,23 +98,35 @@ async def _surround(request: web.Request, handler: Handler) -> web.StreamRespons
             request[TENANT] = door.keys.check(request)
             response = await handler(request)
     except web.HTTPException as exception:
-        response = error_response(from_http_exception(exception, request.path))
+        response = error_response(from_http_exception(exception, request.path), request.path)
     except RequestError as error:
-        response = error_response(error)
+        response = error_response(error, request.path)
     if not response.prepared and (door.draining or response.status in (408, 413)):
         response.force_close()
     level = logging.DEBUG if request.path in QUIET_ROUTES else logging.INFO
     if log.isEnabledFor(level):
-        id = response.headers.get("X-Request-Id", "-")
+        id = REQUEST_ID.get()
         log.log(
             level, "%s %r %d %.3f s %s", request.method, request.path, response.status, clock() - request[ARRIVED], id
         )
     return response
 
 
+def _request_id(request: web.Request) -> str:
+    """The client's own id if it is fit for a header and a log line; a route that takes ids refuses one that is not."""
+    with contextlib.suppress(InvalidRequest):
+        label = checked_label(request.headers.get("X-Request-Id"), "X-Request-Id")
+        if label is not None:
+            return label
+    return f"req_{uuid.uuid4().hex}"
+
+
 async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
     """For every answer, streamed ones included."""
     response.headers["Server"] = "tokenspeed"
+    response.headers.setdefault("X-Request-Id", REQUEST_ID.get())
+    if speaks_anthropic(request.path):
+        response.headers["request-id"] = response.headers["X-Request-Id"]
     response.headers.update(_cors_headers(request))
 
 
@@ -90,11 +135,12 @@ def _cors_headers(request: web.Request) -> dict[str, str]:
     origin = _allowed_origin(request, request.app[DOOR])
     if origin is None:
         return {}
-    headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "X-Request-Id"}
+    shown = "X-Request-Id, X-Cache-Explanation"
+    headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": shown}
     if request.method == "OPTIONS":
         headers |= {
-            "Access-Control-Allow-Methods": "GET, POST",
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key, X-Request-Id",
+            "Access-Control-Allow-Methods": "DELETE, GET, POST",
+            "Access-Control-Allow-Headers": ALLOWED_HEADERS,
             "Access-Control-Max-Age": "600",
         }
     return headers

@@ -7,7 +7,8 @@ the type it must have. What nobody asked for is never built, so a hostile field 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -80,6 +81,7 @@ class Kind(Generic[T]):
     """
 
     def __init__(self, type: Any, allowed: str, *, shows: bool = True) -> None:
+        self.type = type
         self.decoder: msgspec.json.Decoder[T | None] = msgspec.json.Decoder(type | None)
         self.allowed = allowed
         self.shows = shows
@@ -95,6 +97,47 @@ INTEGERS = Kind[list[int]](list[int], "a list of integers")
 BIASES = Kind[dict[str, float]](dict[str, float], "an object of token ids (as strings) and numbers")
 OBJECT = Kind[dict[str, msgspec.Raw]](dict[str, msgspec.Raw], "an object", shows=False)
 ARRAY = Kind[list[msgspec.Raw]](list[msgspec.Raw], "an array", shows=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Field(Generic[T]):
+    """One field of a body, as `fields.py` declares it: what the routes read and what the documents are made of.
+
+    `about` says what it does, in a line of Markdown. A number must be from `least` to `most`, and greater than `above`.
+    `inner` are the fields of an object.
+    """
+
+    name: str
+    kind: Kind[T]
+    about: str
+    default: T | None = None
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    inner: tuple[Field[Any], ...] = ()
+    required: bool = False
+
+    def check(self, value: T, name: str) -> None:
+        """Raise `InvalidRequest` unless a number is in its range."""
+        if isinstance(value, (int, float)) and not (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+        ):
+            raise InvalidRequest(f"{name} must be {self.range}, got {value}", param=name)
+
+    @property
+    def range(self) -> str:
+        """The numbers that are allowed, in words; empty if all are."""
+        low, high = _number(self.least if self.above is None else self.above), _number(self.most)
+        if not high or not low:
+            return f"at least {low}" if low else f"at most {high}" if high else ""
+        return f"between {low} and {high}" if self.above is None else f"in ({low}, {high}]"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else str(int(value) if value == int(value) else value)
+
 
 _TOP: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -122,6 +165,10 @@ class Fields:
         except RecursionError:
             raise InvalidRequest("the body is nested too deeply") from None
 
+    def without(self, names: Collection[str]) -> Fields:
+        """The same fields less those of these names, none of them taken."""
+        return Fields({key: raw for key, raw in self._fields.items() if key not in names}, self._prefix)
+
     def name(self, key: str) -> str:
         """The full name of a field, for error messages."""
         return self._prefix + key
@@ -144,6 +191,26 @@ class Fields:
         """`take` with a default."""
         value = self.take(key, kind)
         return default if value is None else value
+
+    def read(self, field: Field[T]) -> T | None:
+        """`take` of a declared field, which must be in its range."""
+        value = self.take(field.name, field.kind)
+        if value is not None:
+            field.check(value, self.name(field.name))
+        return value
+
+    def value(self, field: Field[T]) -> T:
+        """`read` of a field that is declared with a default."""
+        value = self.read(field)
+        if value is None:
+            value = field.default
+            assert value is not None, field.name
+        return value
+
+    def inside(self, key: str) -> Fields:
+        """The fields of a field that is an object, none where it is absent or null."""
+        inner = self.take(key, OBJECT)
+        return Fields({} if inner is None else inner, f"{self.name(key)}.")
 
     def untaken(self) -> list[str]:
         """Fields that the request has and nobody asked for."""

@@ -77,6 +77,6 @@ class Connection(web.RequestHandler):
         else:
             log.error("unexpected failure in a request", exc_info=exc)
             error = HttpError(status, HTTPStatus(status).phrase, code="internal_error")
-        response = error_response(error)
+        response = error_response(error, request.path)
         response.force_close()
         return response

@@ -1,4 +1,4 @@
-"""Failures as OpenAI error bodies: one mapper for every route and for what aiohttp refuses by itself."""
+"""Failures as error bodies, OpenAI's or Anthropic's: one mapper for all routes and for aiohttp's own refusals."""
 
 from __future__ import annotations
 
@@ -7,12 +7,25 @@ from collections.abc import Mapping
 import msgspec
 from aiohttp import web
 
-from tokenspeed.errors import RequestError
+from tokenspeed.errors import ContextLengthExceeded, RequestError
+from tokenspeed.logs import REQUEST_ID
 
 RETRY_LOADING = 5
 RETRY_DRAINING = 30
 RETRY_DEAD = 30
 """Seconds told in Retry-After while the engine loads, drains or is dead."""
+
+ANTHROPIC_ROUTE = "/v1/messages"
+
+_ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""By status; any other one is an `invalid_request_error` below 500 and an `api_error` from there on."""
 
 
 class HttpError(RequestError):
@@ -52,12 +65,30 @@ def error_body(error: RequestError) -> bytes:
     )
 
 
-def error_response(error: RequestError) -> web.Response:
-    """The whole answer for a request that got no 200, Retry-After and WWW-Authenticate included."""
+def speaks_anthropic(path: str) -> bool:
+    """Whether clients of a route expect Anthropic's errors and headers."""
+    return path == ANTHROPIC_ROUTE or path.startswith(ANTHROPIC_ROUTE + "/")
+
+
+def anthropic_error_body(error: RequestError) -> bytes:
+    """`{"type": "error", "error": {"type", "message"}, "request_id"}`; the message names the field."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    message = error.message
+    if isinstance(error, ContextLengthExceeded):
+        message = f"prompt is too long: {error.prompt} tokens > {error.limit} maximum"
+    elif error.param is not None and error.param not in message:
+        message = f"{error.param}: {message}"
+    told = {"type": kind, "message": message}
+    return msgspec.json.encode({"type": "error", "error": told, "request_id": REQUEST_ID.get()})
+
+
+def error_response(error: RequestError, path: str) -> web.Response:
+    """The whole answer of a route that gave no 200, Retry-After and WWW-Authenticate included."""
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, error.retry_after))
-    return web.Response(status=error.status, body=error_body(error), content_type="application/json", headers=headers)
+    body = anthropic_error_body(error) if speaks_anthropic(path) else error_body(error)
+    return web.Response(status=error.status, body=body, content_type="application/json", headers=headers)
 
 
 def raw_error_response(error: RequestError, reason: str) -> bytes:

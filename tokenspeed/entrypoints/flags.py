@@ -9,7 +9,7 @@ import argparse
 import ipaddress
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -17,14 +17,21 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import msgspec
 
 from tokenspeed import __version__
-from tokenspeed.config import BLOCK_SIZES, DType, EngineConfig, LoadFormat
+from tokenspeed.config import BLOCK_SIZES, STEERED_FLOOR, DType, EngineConfig, LoadFormat
 from tokenspeed.errors import ConfigError
+from tokenspeed.text.parsers.choose import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
 
 ENV_API_KEY = "TOKENSPEED_API_KEY"
 ENV_ADMIN_API_KEY = "TOKENSPEED_ADMIN_API_KEY"
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+MetricsCompat = Literal["none", "vllm"]
+ReasoningField = Literal["reasoning_content", "reasoning", "both"]
+
+
+def _names(parsers: Iterable[str]) -> str:
+    return ", ".join([AUTO, NONE, *parsers])
 
 
 class Size:
@@ -55,6 +62,22 @@ FLAGS = (
     Flag("--max-num-seqs", "max_num_seqs", int, "requests that run at once", True),
     Flag("--max-num-batched-tokens", "max_num_batched_tokens", int, "tokens in a step; default: by device", True),
     Flag("--max-queued-requests", "max_queued_requests", int, "requests that may wait; more get 429", True),
+    Flag("--max-queue-seconds", "max_queue_seconds", float, "longest wait for the KV cache; more get 429", True),
+    Flag(
+        "--tps-floor",
+        "tps_floor",
+        float,
+        "tokens a second promised to every stream; what would break it gets 429. 0: none; default: "
+        f"steer for {STEERED_FLOOR:g}, refuse nobody",
+        True,
+    ),
+    Flag(
+        "--session-admission",
+        "session_admission",
+        bool,
+        "a session counts with all its KV blocks, also between turns; those that do not fit wait",
+        True,
+    ),
     Flag("--enable-prefix-caching", "enable_prefix_caching", bool, "reuse the KV blocks of equal prefixes", True),
     Flag(
         "--kv-cache-memory", "kv_cache_bytes", Size, "bytes for the KV cache, or like 2GiB; default: what is free", True
@@ -62,7 +85,11 @@ FLAGS = (
     Flag("--overlap", "overlap", int, "steps in flight while the next is planned: 0 or 1", True),
     Flag("--num-threads", "num_threads", int, "CPU threads of the model", True),
     Flag("--seed", "seed", int, "makes requests without a seed of their own reproducible", True),
+    Flag("--record", "record", str, "new file for every call of the control plane, prompts included", True),
     Flag("--served-model-name", "served_names", list[str], "names that requests may use; default: the model's"),
+    Flag("--tool-call-parser", "tool_call_parser", str, f"how the model writes tool calls: {_names(TOOL_PARSERS)}"),
+    Flag("--reasoning-parser", "reasoning_parser", str, f"how it writes reasoning: {_names(REASONING_PARSERS)}"),
+    Flag("--reasoning-field", "reasoning_field", ReasoningField, "under which name reasoning is sent"),
     Flag("--host", "host", str, "address to listen on"),
     Flag("--port", "port", int, "port to listen on; 0 takes a free one"),
     Flag("--uds", "uds", str, "listen on this Unix socket instead"),
@@ -74,9 +101,12 @@ FLAGS = (
     Flag("--ssl-keyfile", "ssl_keyfile", str, "private key for TLS"),
     Flag("--ssl-certfile", "ssl_certfile", str, "certificate chain for TLS"),
     Flag("--insecure", "insecure", bool, "allow a public --host without --api-key"),
+    Flag("--metrics-compat", "metrics_compat", MetricsCompat, "also show /metrics under the names of another engine"),
     Flag("--log-level", "log_level", LogLevel, "what is logged"),
     Flag("--log-format", "log_format", LogFormat, "lines for people or for machines"),
+    Flag("--explain-parallel", "explain_parallel", bool, "print how the model lies over ranks, and end"),
     Flag("--in-process", "in_process", bool, "run the engine inside this process, for debuggers"),
+    Flag("--engine-restarts", "engine_restarts", int, "how often within 10 minutes a dead engine is started again"),
     Flag("--shutdown-grace", "shutdown_grace", float, "seconds that running requests get after SIGTERM"),
     Flag("--trust-remote-code", "trust_remote_code", bool, "not supported: code from checkpoints never runs"),
 )
@@ -88,6 +118,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: EngineConfig
     served_names: list[str] = []
+    tool_call_parser: str = AUTO
+    reasoning_parser: str = AUTO
+    reasoning_field: ReasoningField = "reasoning_content"
+    metrics_compat: MetricsCompat = "none"
+    engine_restarts: int = 5
     host: str = "127.0.0.1"
     port: int = 8000
     uds: str | None = None
@@ -101,6 +136,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_format: LogFormat = "text"
     in_process: bool = False
     shutdown_grace: float = 30.0
+    explain_parallel: bool = False
     trust_remote_code: bool = False
 
     def check(self) -> None:
@@ -108,6 +144,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         self.engine.check()
         if self.trust_remote_code:
             raise ConfigError("--trust-remote-code is not supported: code from checkpoints never runs here")
+        for flag, name, known in (
+            ("--tool-call-parser", self.tool_call_parser, TOOL_PARSERS),
+            ("--reasoning-parser", self.reasoning_parser, REASONING_PARSERS),
+        ):
+            if name not in (AUTO, NONE, *known):
+                raise ConfigError(f"{flag} must be one of {_names(known)}, got {name!r}")
+        if not 0 <= self.engine_restarts <= 1000:
+            raise ConfigError(f"--engine-restarts must be between 0 and 1000, got {self.engine_restarts}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, got {self.port}")
         if not 0 <= self.shutdown_grace <= 86400:
@@ -192,7 +236,10 @@ def _read_file(path: str) -> dict[str, Any]:
         if flag is None:
             raise ConfigError(f"--config {path} has an unknown key {key!r}")
         single = isinstance(value, str) and flag.type == list[str]
-        values[flag.field] = convert(flag, [value] if single else value, strict=True)
+        try:
+            values[flag.field] = convert(flag, [value] if single else value, strict=True)
+        except ConfigError as error:
+            raise ConfigError(f"--config {path}: {error}") from None
     return values
 
 

@@ -1,24 +1,25 @@
-"""From an admitted request to its answer: one path for chat and completions, streamed or not."""
+"""From an admitted request to its answer: one path for every route that generates, streamed or not."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
 
-from tokenspeed.engine.stream import Stream
+from tokenspeed.engine.stream import Ending, Stream, Take
 from tokenspeed.entrypoints.answers import Answer, Gathered, Usage
-from tokenspeed.entrypoints.door import Door
-from tokenspeed.entrypoints.errors import GenerationFailed, error_body
+from tokenspeed.entrypoints.door import Active, Door
+from tokenspeed.entrypoints.errors import GenerationFailed
 from tokenspeed.entrypoints.metrics import RequestTimes
 from tokenspeed.entrypoints.schema import Delivery, checked_label
-from tokenspeed.entrypoints.sse import DONE, EventStream
+from tokenspeed.entrypoints.sse import EventStream
+from tokenspeed.entrypoints.turns import ChatTurn, begin_turn
 from tokenspeed.errors import RequestError
+from tokenspeed.logs import REQUEST_ID
 from tokenspeed.request import RequestOutput, SamplingParams
 from tokenspeed.text.spans import Span
 
@@ -26,19 +27,21 @@ log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Span]
 
-QUEUED_OUTPUTS = 64
-"""Outputs of a batch of prompts that may wait between the engine's streams and the client's."""
-
 ARRIVED = web.RequestKey("arrived", float)
 TENANT = web.RequestKey("tenant", str)
 """Keys of the request's storage, set before any route runs: the loop's clock, and who asks."""
 
 
+LOGPROB_BYTES = 60
+"""What one log-probability is in an answer; those of a prompt of 8,000 tokens with 20 alternatives each took 0.4 s."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What is asked of the engine. Choices are numbered prompt by prompt.
+    """What is asked of the engine. Choices are numbered prompt by prompt. The answer's id begins with `prefix`.
 
     `shows_completion` False hides what is generated: only the prompt and its log-probabilities are wanted.
+    `make_ending` is `AsyncEngine.submit`'s. `turn` is there for chats.
     """
 
     prefix: str
@@ -46,9 +49,15 @@ class Generation:
     params: SamplingParams
     delivery: Delivery
     shows_completion: bool = True
+    make_ending: Callable[[], Ending] | None = None
+    turn: ChatTurn | None = None
 
 
 MakeAnswer = Callable[[str, list[Stream]], Answer]
+
+
+async def _there_is_room() -> None:
+    """For those who take everything."""
 
 
 async def answer(
@@ -57,34 +66,48 @@ async def answer(
     """Admit every prompt, or raise before anything is sent; then stream or gather. Leaving aborts all."""
     delivery = generation.delivery
     label = delivery.label or checked_label(request.headers.get("X-Request-Id"), "X-Request-Id")
-    id = f"{generation.prefix}-{uuid.uuid4().hex}"
+    id = f"{generation.prefix}{uuid.uuid4().hex}"
     headers = {"X-Request-Id": label or id}
+    REQUEST_ID.set(label or id)
     door.log_ignored(id, delivery)
     streams: list[Stream] = []
-    door.active[id] = (label, streams)
+    active = Active(label, [f"{id}-{number}" for number in range(len(generation.prompts))])
+    door.active[id] = active
     try:
-        for number, prompt in enumerate(generation.prompts):
+        for request_id, prompt in zip(active.request_ids, generation.prompts, strict=True):
             stream = await door.engine.submit(
                 prompt,
                 generation.params,
-                request_id=f"{id}-{number}",
+                request_id=request_id,
                 cache_salt=_salt(request[TENANT], delivery.cache_salt),
                 priority=delivery.priority,
+                prompt_cache_key=delivery.prompt_cache_key,
+                tps_floor=delivery.tps_floor,
+                make_ending=generation.make_ending,
             )
             streams.append(stream)
+            if active.aborted:
+                await stream.abort()
+        if generation.turn is not None:
+            salt, session = _salt(request[TENANT], delivery.cache_salt), delivery.prompt_cache_key
+            headers |= await begin_turn(request, door, generation.turn, streams[0], salt, session)
         run = _Run(door, generation, streams, request[ARRIVED])
         writer = make_answer(id, streams)
         if delivery.stream:
-            return await _stream(request, door, run, writer, delivery, headers)
-        return await _whole(run, writer, headers)
+            return await _stream(request, door, run, writer, headers)
+        return await _whole(door, run, writer, headers)
     finally:
         del door.active[id]
         for stream in streams:
             await stream.abort()
 
 
+Consume = Callable[[int, RequestOutput, float], bool]
+"""Takes an output of a choice, by its number, and the loop's time. True: no more before there is room again."""
+
+
 class _Run:
-    """Iterates the outputs of all prompts, numbering choices and keeping the counts of the answer."""
+    """Hands on the outputs of all prompts, numbering choices and keeping the counts of the answer."""
 
     def __init__(self, door: Door, generation: Generation, streams: list[Stream], arrived: float) -> None:
         self.usage = Usage(prompt_tokens=sum(len(stream.prompt_token_ids) for stream in streams))
@@ -96,33 +119,41 @@ class _Run:
         self._times = RequestTimes(door.metrics, arrived)
         self._clock = asyncio.get_running_loop().time
 
-    def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """(choice number, delta) until every choice ended. Raises when a choice ended with an error."""
-        counted = self._of_one() if len(self._streams) == 1 else self._of_many()
-        return counted if self._shows_completion else _without_completions(counted)
+    async def hand_on(self, consume: Consume, room: Callable[[], Awaitable[None]] = _there_is_room) -> None:
+        """Give every output to `consume` until every choice ended. Raises when a choice ended with an error."""
+        if not self._shows_completion:
+            consume = _without_completions(consume)
+        takes = [self._taking(number, consume) for number in range(len(self._streams))]
+        if len(takes) == 1:
+            await self._streams[0].each(takes[0], room)
+            return
+        reading = [
+            asyncio.create_task(stream.each(take, room)) for stream, take in zip(self._streams, takes, strict=True)
+        ]
+        try:
+            await asyncio.gather(*reading)
+        finally:
+            for task in reading:
+                task.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
 
-    async def _of_one(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        # Apart from `_of_many`, because a layer of generators costs 0.5 µs a token.
-        async for output in self._streams[0]:
-            self._count(0, output.index, output)
-            yield output.index, output
+    def _taking(self, prompt: int, consume: Consume) -> Take:
+        first, times, clock = prompt * self._n, self._times, self._clock
 
-    async def _of_many(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        async with contextlib.aclosing(_merged(self._streams)) as merged:
-            async for prompt, output in merged:
-                index = prompt * self._n + output.index
-                self._count(prompt, index, output)
-                yield index, output
+        def take(output: RequestOutput) -> bool:
+            now = clock()
+            index = first + output.index
+            if output.token_ids:
+                times.tokens(index, len(output.token_ids), now)
+            if output.finish_reason is not None:
+                self._finish(prompt, output, now)
+            return consume(index, output, now)
 
-    def _count(self, prompt: int, index: int, output: RequestOutput) -> None:
-        if output.token_ids:
-            self._times.tokens(index, len(output.token_ids), self._clock())
-        if output.finish_reason is not None:
-            self._finish(prompt, output)
+        return take
 
-    def _finish(self, prompt: int, output: RequestOutput) -> None:
+    def _finish(self, prompt: int, output: RequestOutput, now: float) -> None:
         reason = output.finish_reason or "stop"
-        self._times.finished(reason, self._clock())
+        self._times.finished(reason, now)
         if reason == "error":
             raise GenerationFailed(output.error or "the engine ended this request with an error")
         if self._shows_completion:
@@ -135,87 +166,71 @@ class _Run:
                 self._metrics.queue.observe(queued)
 
 
-async def _whole(run: _Run, writer: Answer, headers: dict[str, str]) -> web.Response:
+async def _whole(door: Door, run: _Run, writer: Answer, headers: dict[str, str]) -> web.Response:
     choices = [Gathered(index) for index in range(run.num_choices)]
-    async with contextlib.aclosing(run.outputs()) as outputs:
-        async for index, output in outputs:
-            choices[index].add(output)
-    body = writer.whole(choices, run.usage)
+
+    def gather(index: int, output: RequestOutput, _: float) -> bool:
+        choices[index].add(output)
+        return False
+
+    await run.hand_on(gather)
+    if writer.touches_others:
+        body = writer.whole(choices, run.usage)
+    else:
+        body = await door.off_loop(
+            LOGPROB_BYTES * sum(map(_num_logprobs, choices)), writer.whole, choices, run.usage
+        )
     return web.Response(body=body, content_type="application/json", headers=headers)
 
 
+def _num_logprobs(choice: Gathered) -> int:
+    entries = [*choice.logprobs, *(choice.prompt_logprobs or ())]
+    return sum(1 + len(entry.top_ids) for entry in entries if entry is not None)
+
+
 async def _stream(
-    request: web.Request, door: Door, run: _Run, writer: Answer, delivery: Delivery, headers: dict[str, str]
+    request: web.Request, door: Door, run: _Run, writer: Answer, headers: dict[str, str]
 ) -> web.StreamResponse:
-    """Events as they come. Once the headers are out, an error is one event and then the end, without [DONE]."""
-    events = EventStream(request, door.limits, headers)
+    """Events as they come. Once the headers are out, an error is one event and then the end."""
+    events = EventStream(request, door.limits, headers, writer.keep_alive)
     await events.open()
+
+    def send(index: int, output: RequestOutput, now: float) -> bool:
+        event = writer.event(index, output)
+        return bool(event) and events.send(event, now)
+
     try:
-        async with contextlib.aclosing(run.outputs()) as outputs:
-            async for index, output in outputs:
-                event = writer.event(index, output)
-                if event and events.send(event):
-                    await events.drain()
-        if delivery.include_usage:
-            events.send(writer.usage_event(run.usage))
-        events.send(DONE)
+        if opening := writer.opening():
+            events.send(opening)
+        await run.hand_on(send, events.drain)
+        events.send(writer.closing(run.usage))
         return await events.close()
     except RequestError as error:
-        events.send(b"data: " + error_body(error) + b"\n\n")
+        events.send(writer.failure(error))
         return await events.close()
     finally:
         events.stop_timer()
 
 
-async def _merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Outputs of all streams as they come, with the stream's number."""
-    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(QUEUED_OUTPUTS)
-
-    async def pump(number: int, stream: Stream) -> None:
-        try:
-            async for output in stream:
-                await queue.put((number, output))
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)  # raised where the outputs are read
-
-    tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
-    try:
-        running = len(tasks)
-        while running:
-            item = await queue.get()
-            if item is None:
-                running -= 1
-            elif isinstance(item, Exception):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _without_completions(
-    outputs: AsyncGenerator[tuple[int, RequestOutput], None],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """One output a choice, with what is known of the prompt and nothing of what was generated."""
+def _without_completions(consume: Consume) -> Consume:
+    """Passes on one output a choice, with what is known of the prompt and nothing of what was generated."""
     first: dict[int, RequestOutput] = {}
-    async with contextlib.aclosing(outputs):
-        async for index, output in outputs:
-            first.setdefault(index, output)
-            if output.finish_reason is not None:
-                yield (
-                    index,
-                    RequestOutput(
-                        request_id=output.request_id,
-                        index=output.index,
-                        prompt_logprobs=first[index].prompt_logprobs,
-                        finish_reason="length" if output.finish_reason == "stop" else output.finish_reason,
-                        num_prompt_tokens=output.num_prompt_tokens,
-                        num_cached_tokens=output.num_cached_tokens,
-                    ),
-                )
+
+    def take(index: int, output: RequestOutput, now: float) -> bool:
+        first.setdefault(index, output)
+        if output.finish_reason is None:
+            return False
+        only = RequestOutput(
+            request_id=output.request_id,
+            index=output.index,
+            prompt_logprobs=first[index].prompt_logprobs,
+            finish_reason="length" if output.finish_reason == "stop" else output.finish_reason,
+            num_prompt_tokens=output.num_prompt_tokens,
+            num_cached_tokens=output.num_cached_tokens,
+        )
+        return consume(index, only, now)
+
+    return take
 
 
 def _salt(tenant: str, salt: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import shlex
 import signal
@@ -15,7 +16,8 @@ from typing import Any
 import msgspec
 
 from tokenspeed.engine.async_engine import AsyncEngine, EngineFailed
-from tokenspeed.engine.link import InProcessLink, ProcessLink
+from tokenspeed.engine.link import EngineLink, InProcessLink, ProcessLink
+from tokenspeed.engine.supervisor import SupervisedLink
 from tokenspeed.entrypoints.auth import Keys
 from tokenspeed.entrypoints.door import Door
 from tokenspeed.entrypoints.flags import ServerConfig
@@ -36,15 +38,18 @@ EXIT_INTERRUPTED = 130
 async def serve(config: ServerConfig, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
     """Serve until told to stop; gives the exit status. Raises `ConfigError` for a start that cannot work."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    child = ProcessLink(log_level=config.log_level, log_format=config.log_format)
     progress = LoadingProgress()
-    engine = AsyncEngine(config.engine, progress=progress, link=InProcessLink() if config.in_process else child)
+    engine = AsyncEngine(config.engine, progress=progress, link=_link(config))
     door = Door(
         engine,
         keys=Keys(config.api_keys, config.admin_api_keys),
         limits=Limits(),
         served_names=config.served_names,
         allowed_origins=config.allowed_origins,
+        tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+        reasoning_field=config.reasoning_field,
+        metrics_compat=config.metrics_compat,
     )
     server = Server(door, listener, tls)
     signals = asyncio.Semaphore(0)
@@ -57,7 +62,9 @@ async def serve(config: ServerConfig, listener: socket.socket, tls: ssl.SSLConte
             ready = await _load(engine, stop)
         if not ready:
             return 0
+        freeze_loaded()
         log.info("%s", engine.facts.summary)
+        log.info("%s", door.answer_format.summary)
         _announce(config, listener, door)
         await stop
         log.info("stopping: running requests get %g s, new ones 503; once more stops at once", config.shutdown_grace)
@@ -71,6 +78,20 @@ async def serve(config: ServerConfig, listener: socket.socket, tls: ssl.SSLConte
     finally:
         if not server.stopped:
             await server.stop(0.0)
+
+
+def freeze_loaded() -> None:
+    """What was loaded lives until the end: keep the collector from walking it while tokens are streamed."""
+    gc.collect()
+    gc.freeze()
+
+
+def _link(config: ServerConfig) -> EngineLink:
+    if config.in_process:
+        return InProcessLink()
+    return SupervisedLink(
+        lambda: ProcessLink(log_level=config.log_level, log_format=config.log_format), restarts=config.engine_restarts
+    )
 
 
 async def _load(engine: AsyncEngine, stop: asyncio.Task[bool]) -> bool:

@@ -9,10 +9,16 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
+MAX_TOOLS = 1024
+MAX_TOOLS_BYTES = 4 * 1024 * 1024
+MAX_CALLS = 256
+MAX_NAME_CHARS = 256
+MAX_SCHEMA_DEPTH = 64
 MAX_PROMPTS = 128
 MAX_CHOICES = 256
 MAX_LABEL_CHARS = 128
 MAX_SALT_CHARS = 256
+MAX_CACHE_KEY_CHARS = 256
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_BYTES = 256
 MAX_ID_LIST = 4096
@@ -36,6 +42,8 @@ class Limits:
     comment line. `reader_seconds`: how long a client may leave its receive buffer full before its request is
     aborted; at most `write_buffer_bytes` wait for it here. `generate_seconds`: for the token of /health_generate.
     `total_body_bytes`: all bodies being received. `heartbeat_seconds`: silence after which an engine is not alive.
+    `max_stored_responses`, `max_stored_bytes`: what is kept of an API key's responses, each for `stored_seconds`
+    after it was last used.
     """
 
     header_seconds: float = 10.0
@@ -49,3 +57,6 @@ class Limits:
     total_body_bytes: int = 8 * MAX_BODY_BYTES
     write_buffer_bytes: int = 256 * 1024
     heartbeat_seconds: float = 5.0
+    max_stored_responses: int = 1000
+    max_stored_bytes: int = MAX_BODY_BYTES
+    stored_seconds: float = 24 * 3600.0

@@ -11,31 +11,36 @@ from tokenspeed.engine.stream import Stream
 from tokenspeed.entrypoints.answers import Answer, encode
 from tokenspeed.entrypoints.answers_chat import ChatAnswer
 from tokenspeed.entrypoints.answers_completion import CompletionAnswer
+from tokenspeed.entrypoints.conversing import prepare
 from tokenspeed.entrypoints.door import Door, door_of
-from tokenspeed.entrypoints.generation import Generation, answer
-from tokenspeed.entrypoints.schema_chat import Conversation, chat_request
+from tokenspeed.entrypoints.generation import TENANT, Generation, answer
+from tokenspeed.entrypoints.schema_chat import chat_request
 from tokenspeed.entrypoints.schema_completion import completion_request
-from tokenspeed.errors import InvalidRequest, ModelNotFound
-from tokenspeed.text.spans import Span
+from tokenspeed.errors import ModelNotFound
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """One conversation, answered by `n` assistant messages."""
     door = door_of(request)
     chat, size = await door.receive(request, chat_request)
-    spans = await door.off_loop(size, render, door, chat.conversation)
+    ready = await prepare(door, chat, size, request[TENANT])
 
     def make(id: str, streams: list[Stream]) -> Answer:
         return ChatAnswer(
             id=id,
             created=int(time.time()),
             delivery=chat.delivery,
-            params=chat.params,
+            params=ready.params,
             prompt_token_ids=streams[0].prompt_token_ids,
             texts=door.engine.tokenizer,
+            make_parser=ready.make_parser,
+            reasoning_fields=door.reasoning_fields if chat.include_reasoning else (),
         )
 
-    return await answer(request, door, Generation("chatcmpl", [spans], chat.params, chat.delivery), make)
+    generation = Generation(
+        "chatcmpl-", [ready.prompt], ready.params, chat.delivery, make_ending=ready.make_ending, turn=ready.turn
+    )
+    return await answer(request, door, generation, make)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -58,7 +63,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             texts=tokenizer,
         )
 
-    generation = Generation("cmpl", wanted.prompts, wanted.params, wanted.delivery, wanted.shows_completion)
+    generation = Generation("cmpl-", wanted.prompts, wanted.params, wanted.delivery, wanted.shows_completion)
     return await answer(request, door, generation, make)
 
 
@@ -78,19 +83,6 @@ async def model(request: web.Request) -> web.Response:
     if name not in door.model.names:
         raise ModelNotFound("The model named in the path does not exist", param="model", code="model_not_found")
     return _json(_model_json(door, name))
-
-
-def render(door: Door, talk: Conversation) -> list[Span]:
-    """The prompt of a conversation by the model's chat template."""
-    template = door.engine.template
-    if template is None:
-        raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-    return template.render(
-        talk.messages,
-        add_generation_prompt=talk.add_generation_prompt,
-        continue_final_message=talk.continue_final_message,
-        **talk.template_kwargs,
-    )
 
 
 def _model_json(door: Door, name: str) -> dict[str, Any]:

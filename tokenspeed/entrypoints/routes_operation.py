@@ -8,8 +8,9 @@ from typing import Any
 from aiohttp import web
 
 from tokenspeed import __version__
+from tokenspeed.entrypoints import fields as declared
 from tokenspeed.entrypoints.answers import encode
-from tokenspeed.entrypoints.body import STRING, Fields
+from tokenspeed.entrypoints.body import Fields
 from tokenspeed.entrypoints.door import door_of
 from tokenspeed.entrypoints.errors import RETRY_DEAD, HttpError, error_response
 from tokenspeed.entrypoints.schema import checked_label
@@ -20,13 +21,13 @@ from tokenspeed.request import SamplingParams
 async def health(request: web.Request) -> web.Response:
     """Liveness: 200 while the engine's heartbeat is heard, whatever it is busy with."""
     refusal = door_of(request).not_alive()
-    return _json({"status": "alive"}) if refusal is None else error_response(refusal)
+    return _json({"status": "alive"}) if refusal is None else error_response(refusal, request.path)
 
 
 async def ready(request: web.Request) -> web.Response:
     """Readiness: 200 when a request sent now would be served."""
     refusal = door_of(request).unavailable()
-    return _json({"status": "ready"}) if refusal is None else error_response(refusal)
+    return _json({"status": "ready"}) if refusal is None else error_response(refusal, request.path)
 
 
 async def health_generate(request: web.Request) -> web.Response:
@@ -36,7 +37,7 @@ async def health_generate(request: web.Request) -> web.Response:
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     try:
         async with asyncio.timeout(door.limits.generate_seconds):
-            stream = await door.engine.submit([0], params, cache_salt="health")
+            stream = await door.engine.submit([0], params, cache_salt="health", tps_floor=0.0)
             try:
                 async for output in stream:
                     if output.finish_reason == "error":
@@ -69,10 +70,9 @@ async def abort_request(request: web.Request) -> web.Response:
     door = door_of(request)
     wanted = _abort_request(await door.bodies.read(request))
     aborted = 0
-    for id, (label, streams) in list(door.active.items()):
-        if wanted in (id, label):
-            for stream in list(streams):
-                await door.engine.abort(stream.request_id)
+    for id, active in list(door.active.items()):
+        if wanted in (id, active.label):
+            await door.abort(id)
             aborted += 1
     if not aborted:
         raise HttpError(404, "No running request has this request_id", code="not_found", param="request_id")
@@ -81,7 +81,7 @@ async def abort_request(request: web.Request) -> web.Response:
 
 def _abort_request(body: bytes) -> str:
     fields = Fields.parse(body)
-    wanted = checked_label(fields.take("request_id", STRING), "request_id")
+    wanted = checked_label(fields.read(declared.ABORTED), "request_id")
     if wanted is None:
         raise InvalidRequest("request_id is required", param="request_id")
     return wanted

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from tokenspeed.entrypoints import fields as declared
 from tokenspeed.entrypoints.answers import encode, token_text
-from tokenspeed.entrypoints.body import BOOLEAN, INTEGERS, STRING, Fields
+from tokenspeed.entrypoints.body import Fields
+from tokenspeed.entrypoints.conversing import render
 from tokenspeed.entrypoints.door import Door, door_of
+from tokenspeed.entrypoints.generation import TENANT
 from tokenspeed.entrypoints.limits import MAX_BYTES_A_TOKEN
-from tokenspeed.entrypoints.routes_openai import render
 from tokenspeed.entrypoints.schema import Model, check_text_fits, model_name
 from tokenspeed.entrypoints.schema_chat import Conversation, conversation
 from tokenspeed.errors import InvalidRequest
@@ -28,11 +30,8 @@ async def tokenize(request: web.Request) -> web.Response:
     """Token ids of a text (`prompt`) or of a rendered conversation (`messages`)."""
     door = door_of(request)
     wanted, size = await door.receive(request, _tokenize_request)
-    ids = await door.off_loop(size, _encode, door, wanted)
-    tokenizer = door.engine.tokenizer
-    strings = [token_text(tokenizer, token_id) for token_id in ids] if wanted.return_token_strs else None
-    payload = {"count": len(ids), "max_model_len": door.model.max_model_len, "tokens": ids, "token_strs": strings}
-    return web.Response(body=encode(payload), content_type="application/json")
+    body = await door.off_loop(size, _tokenized, door, wanted, request[TENANT])
+    return web.Response(body=body, content_type="application/json")
 
 
 async def detokenize(request: web.Request) -> web.Response:
@@ -46,7 +45,7 @@ async def detokenize(request: web.Request) -> web.Response:
 def _tokenize_request(body: bytes, model: Model) -> _Tokenize:
     fields = Fields.parse(body)
     model_name(fields, model, required=False)
-    text = fields.take("prompt", STRING)
+    text = fields.read(declared.TEXT)
     talk = None
     if fields.raw("messages") is not None:
         if text is not None:
@@ -59,15 +58,23 @@ def _tokenize_request(body: bytes, model: Model) -> _Tokenize:
     return _Tokenize(
         text=text,
         talk=talk,
-        add_special_tokens=fields.take_or("add_special_tokens", BOOLEAN, True),
-        return_token_strs=fields.take_or("return_token_strs", BOOLEAN, False),
+        add_special_tokens=fields.value(declared.ADD_SPECIAL_TOKENS),
+        return_token_strs=fields.value(declared.RETURN_TOKEN_STRS),
     )
 
 
-def _encode(door: Door, wanted: _Tokenize) -> list[int]:
+def _tokenized(door: Door, wanted: _Tokenize, tenant: str) -> bytes:
+    ids, tokenizer = _encode(door, wanted, tenant), door.engine.tokenizer
+    strings = [token_text(tokenizer, token_id) for token_id in ids] if wanted.return_token_strs else None
+    return encode(
+        {"count": len(ids), "max_model_len": door.model.max_model_len, "tokens": ids, "token_strs": strings}
+    )
+
+
+def _encode(door: Door, wanted: _Tokenize, tenant: str) -> list[int]:
     tokenizer = door.engine.tokenizer
     if wanted.talk is not None:
-        return tokenizer.encode_spans(render(door, wanted.talk))
+        return tokenizer.encode_spans(render(door, wanted.talk, tenant))
     return tokenizer.encode(wanted.text or "", add_special_tokens=wanted.add_special_tokens, parse_special=False)
 
 
@@ -79,7 +86,7 @@ def _detokenize_request(body: bytes, model: Model) -> list[int]:
         raise InvalidRequest("tokens is required: an array of token ids", param="tokens")
     if raw.count(b",") > model.max_model_len * MAX_BYTES_A_TOKEN:
         raise InvalidRequest("tokens has too many entries", param="tokens")
-    ids = fields.take_or("tokens", INTEGERS, [])
+    ids = fields.read(declared.TOKENS) or []
     if ids and not (min(ids) >= 0 and max(ids) < model.vocab_size):
         raise InvalidRequest(f"tokens must hold ids 0 to {model.vocab_size - 1}", param="tokens")
     return ids

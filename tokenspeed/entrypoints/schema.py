@@ -12,16 +12,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from tokenspeed.entrypoints import fields as declared
 from tokenspeed.entrypoints.body import (
-    BIASES,
     BOOLEAN,
-    INTEGER,
-    INTEGERS,
-    NUMBER,
-    OBJECT,
-    STRING,
-    STRING_OR_STRINGS,
-    STRINGS,
+    Field,
     Fields,
     describe,
 )
@@ -29,23 +23,24 @@ from tokenspeed.entrypoints.limits import (
     MAX_BAD_WORD_BYTES,
     MAX_BAD_WORDS,
     MAX_BYTES_A_TOKEN,
+    MAX_CACHE_KEY_CHARS,
     MAX_ID_LIST,
     MAX_LABEL_CHARS,
     MAX_SALT_CHARS,
 )
+from tokenspeed.entrypoints.schema_grammar import asked_grammar
 from tokenspeed.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
-from tokenspeed.request import MAX_LOGPROBS, SamplingParams
+from tokenspeed.request import SamplingParams
 
 HINTS = frozenset(
     {
         "cache_control",
         "client_metadata",
         "include",
-        "include_reasoning",
+        "max_tool_calls",
         "metadata",
         "nvext",
-        "parallel_tool_calls",
-        "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "reasoning",
         "reasoning_effort",
@@ -64,30 +59,18 @@ UNSUPPORTED: Mapping[str, tuple[bytes, ...]] = {
     "best_of": (b"1",),
     "chat_template": (),
     "documents": (b"[]",),
-    "ebnf": (),
     "function_call": (b'"none"',),
     "functions": (b"[]",),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "json_schema": (),
     "length_penalty": (b"1", b"1.0"),
     "logits_processors": (b"[]",),
     "lora_path": (),
     "modalities": (b'["text"]',),
     "prediction": (),
-    "regex": (),
-    "response_format": (),
     "store": (b"false",),
     "stop_regex": (),
     "structural_tag": (),
-    "structured_outputs": (),
     "suffix": (b'""',),
-    "tool_choice": (b'"none"', b'"auto"'),
-    "tools": (b"[]",),
     "top_a": (b"0",),
-    "tps_floor": (),
     "truncate_prompt_tokens": (),
     "typical_p": (b"1", b"1.0"),
     "use_beam_search": (b"false",),
@@ -95,22 +78,30 @@ UNSUPPORTED: Mapping[str, tuple[bytes, ...]] = {
 }
 """Known fields that this version cannot honour, with the values that mean "without it"; null always does."""
 
+ONLY_CHAT: Mapping[str, tuple[bytes, ...]] = {"tool_choice": (b'"none"', b'"auto"'), "tools": (b"[]",)}
+"""Likewise, for fields that only a chat can honour."""
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a request is checked against. `names` are the served names, the first one is told to clients."""
+    """What a request is checked against. `names` are the served names, the first one is told to clients.
+
+    `no_tools` is why requests with tools are refused, empty if they are not.
+    """
 
     names: tuple[str, ...]
     max_model_len: int
     vocab_size: int
     defaults: Mapping[str, float]
+    no_tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """How the answer goes out, and what is said about the request in the log.
 
-    `label` is the client's own id, never used as an identity. `hints` and `unknown` name ignored fields.
+    `label` is the client's own id, never used as an identity. `hints` and `unknown` name ignored fields, `repaired`
+    those that were malformed and could be put right.
     """
 
     model: str
@@ -120,13 +111,16 @@ class Delivery:
     label: str | None
     cache_salt: str
     priority: int
+    prompt_cache_key: str
+    tps_floor: float | None
     hints: tuple[str, ...]
     unknown: tuple[str, ...]
+    repaired: tuple[str, ...] = ()
 
 
 def model_name(fields: Fields, model: Model, *, required: bool = True) -> str:
     """The checked `model` field: 400 when missing or not a string, 404 when this server does not serve it."""
-    name = fields.take("model", STRING)
+    name = fields.read(declared.MODEL)
     if name is None:
         if required:
             raise InvalidRequest(f"model is required; this server serves {', '.join(model.names)}", param="model")
@@ -144,26 +138,30 @@ def model_name(fields: Fields, model: Model, *, required: bool = True) -> str:
 def delivery(fields: Fields, model: Model) -> Delivery:
     """Read the fields that say how to answer. Call last: whatever was not taken until then is unknown."""
     name = model_name(fields, model)
-    stream = fields.take_or("stream", BOOLEAN, False)
+    stream = fields.value(declared.STREAM)
     include_usage = False
     unknown: list[str] = []
-    options = fields.take("stream_options", OBJECT)
+    options = fields.read(declared.STREAM_OPTIONS)
     if options is not None:
         if not stream:
             raise InvalidRequest("stream_options is allowed only with stream: true", param="stream_options")
         inner = Fields(options, "stream_options.")
-        include_usage = inner.take_or("include_usage", BOOLEAN, False)
+        include_usage = inner.value(declared.INCLUDE_USAGE)
         if inner.take_or("continuous_usage_stats", BOOLEAN, False):
             raise _unsupported("stream_options.continuous_usage_stats")
         unknown += [inner.name(key) for key in inner.untaken() if key != "include_obfuscation"]
-    label = checked_label(fields.take("request_id", STRING), "request_id")
-    salt = fields.take_or("cache_salt", STRING, "")
+    label = checked_label(fields.read(declared.REQUEST_ID), "request_id")
+    salt = fields.value(declared.CACHE_SALT)
     if len(salt) > MAX_SALT_CHARS:
         raise InvalidRequest(f"cache_salt must have at most {MAX_SALT_CHARS} characters", param="cache_salt")
-    priority = fields.take_or("priority", INTEGER, 0)
-    if not -(2**31) <= priority < 2**31:
-        raise InvalidRequest(f"priority must fit a signed 32-bit integer, got {priority}", param="priority")
-    return_token_ids = fields.take_or("return_token_ids", BOOLEAN, False)
+    priority = fields.value(declared.PRIORITY)
+    cache_key = fields.value(declared.PROMPT_CACHE_KEY)
+    if len(cache_key) > MAX_CACHE_KEY_CHARS:
+        raise InvalidRequest(
+            f"prompt_cache_key must have at most {MAX_CACHE_KEY_CHARS} characters", param="prompt_cache_key"
+        )
+    tps_floor = fields.read(declared.TPS_FLOOR)
+    return_token_ids = fields.value(declared.RETURN_TOKEN_IDS)
     refuse_unsupported(fields)
     rest = fields.untaken()
     return Delivery(
@@ -174,6 +172,8 @@ def delivery(fields: Fields, model: Model) -> Delivery:
         label=label,
         cache_salt=salt,
         priority=priority,
+        prompt_cache_key=cache_key,
+        tps_floor=tps_floor,
         hints=tuple(key for key in rest if key in HINTS),
         unknown=(*(key for key in rest if key not in HINTS), *unknown),
     )
@@ -181,19 +181,18 @@ def delivery(fields: Fields, model: Model) -> Delivery:
 
 def refuse_unsupported(fields: Fields) -> None:
     """400 for the first known field that asks for something this version does not do."""
-    text_only = fields.take("response_format", OBJECT)
-    if text_only is not None:
-        kind = Fields(text_only, "response_format.").take("type", STRING)
-        if kind != "text":
-            raise InvalidRequest(
-                "response_format is not supported by this version except for type text", param="response_format"
-            )
     for key, neutral in UNSUPPORTED.items():
-        if key == "response_format":
-            continue
         raw = fields.raw(key)
         if raw is not None and bytes(raw) not in neutral:
             raise _unsupported(key)
+
+
+def refuse_only_chat(fields: Fields) -> None:
+    """400 for the first field that only a chat can honour."""
+    for key, neutral in ONLY_CHAT.items():
+        raw = fields.raw(key)
+        if raw is not None and raw not in neutral:
+            raise InvalidRequest(f"{key} is for /v1/chat/completions", param=key)
 
 
 def checked_label(label: str | None, name: str) -> str | None:
@@ -216,43 +215,40 @@ def sampling_params(
     allows max_tokens 0; the engine is then asked for one token that is not shown.
     """
 
-    def number(name: str, default: float) -> float:
-        value = fields.take(name, NUMBER)
-        return float(model.defaults.get(name, default)) if value is None else value
+    def number(field: Field[float]) -> float:
+        value = fields.read(field)
+        return float(model.defaults.get(field.name, field.default or 0.0)) if value is None else value
 
-    top_k = fields.take("top_k", INTEGER)
-    prompt_logprobs = fields.take("prompt_logprobs", INTEGER)
-    if prompt_logprobs is not None and not 0 <= prompt_logprobs <= MAX_LOGPROBS:
-        raise InvalidRequest(
-            f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, got {prompt_logprobs}", param="prompt_logprobs"
-        )
+    top_k = fields.read(declared.TOP_K)
+    prompt_logprobs = fields.read(declared.PROMPT_LOGPROBS)
     if max_tokens is not None and not min_max_tokens <= max_tokens < 2**31:
         raise InvalidRequest(
             f"max_tokens must be between {min_max_tokens} and {2**31 - 1}, got {max_tokens}", param="max_tokens"
         )
-    allowed = fields.take("allowed_token_ids", INTEGERS)
+    allowed = fields.read(declared.ALLOWED_TOKEN_IDS)
     params = SamplingParams(
-        temperature=number("temperature", 1.0),
+        temperature=number(declared.TEMPERATURE),
         top_k=int(model.defaults.get("top_k", 0)) if top_k is None else top_k,
-        top_p=number("top_p", 1.0),
-        min_p=number("min_p", 0.0),
-        repetition_penalty=number("repetition_penalty", 1.0),
-        presence_penalty=number("presence_penalty", 0.0),
-        frequency_penalty=number("frequency_penalty", 0.0),
+        top_p=number(declared.TOP_P),
+        min_p=number(declared.MIN_P),
+        repetition_penalty=number(declared.REPETITION_PENALTY),
+        presence_penalty=number(declared.PRESENCE_PENALTY),
+        frequency_penalty=number(declared.FREQUENCY_PENALTY),
         logit_bias=_logit_bias(fields),
         bad_words=_bad_words(fields),
         allowed_token_ids=None if allowed is None else _bounded_ids("allowed_token_ids", allowed, model.vocab_size),
-        min_tokens=fields.take_or("min_tokens", INTEGER, 0),
+        min_tokens=fields.value(declared.MIN_TOKENS),
         max_tokens=max_tokens if max_tokens is None else max(1, max_tokens),
         stop=_stop(fields),
-        stop_token_ids=_bounded_ids("stop_token_ids", fields.take_or("stop_token_ids", INTEGERS, []), MAX_ID_LIST),
-        ignore_eos=fields.take_or("ignore_eos", BOOLEAN, False),
-        seed=fields.take("seed", INTEGER),
+        stop_token_ids=_bounded_ids("stop_token_ids", fields.read(declared.STOP_TOKEN_IDS) or [], MAX_ID_LIST),
+        ignore_eos=fields.value(declared.IGNORE_EOS),
+        seed=fields.read(declared.SEED),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        n=fields.take_or("n", INTEGER, 1),
-        skip_special_tokens=fields.take_or("skip_special_tokens", BOOLEAN, True),
-        include_stop_str_in_output=fields.take_or("include_stop_str_in_output", BOOLEAN, False),
+        n=fields.value(declared.N),
+        skip_special_tokens=fields.value(declared.SKIP_SPECIAL_TOKENS),
+        include_stop_str_in_output=fields.value(declared.INCLUDE_STOP),
+        grammar=asked_grammar(fields),
     )
     params.check(model.vocab_size)
     if params.allowed_token_ids is not None and all(
@@ -271,14 +267,14 @@ def check_text_fits(size: int, model: Model, param: str) -> None:
 
 
 def _stop(fields: Fields) -> tuple[str, ...]:
-    stop = fields.take("stop", STRING_OR_STRINGS)
+    stop = fields.read(declared.STOP)
     if stop is None:
         return ()
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def _bad_words(fields: Fields) -> tuple[str, ...]:
-    words = fields.take_or("bad_words", STRINGS, [])
+    words = fields.read(declared.BAD_WORDS) or []
     if len(words) > MAX_BAD_WORDS:
         raise InvalidRequest(
             f"bad_words must have at most {MAX_BAD_WORDS} entries, got {len(words)}", param="bad_words"
@@ -290,7 +286,7 @@ def _bad_words(fields: Fields) -> tuple[str, ...]:
 
 
 def _logit_bias(fields: Fields) -> dict[int, float]:
-    biases = fields.take_or("logit_bias", BIASES, {})
+    biases = fields.read(declared.LOGIT_BIAS) or {}
     result: dict[int, float] = {}
     for key, bias in biases.items():
         if not key.isascii() or not key.isdigit() or len(key) > 10:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from tokenspeed.entrypoints.body import BOOLEAN, INTEGER, Fields, Kind, decode
+from tokenspeed.entrypoints import fields as declared
+from tokenspeed.entrypoints.body import Fields, decode
 from tokenspeed.entrypoints.limits import MAX_CHOICES, MAX_PROMPTS
 from tokenspeed.entrypoints.schema import (
     Delivery,
@@ -14,21 +15,14 @@ from tokenspeed.entrypoints.schema import (
     check_text_fits,
     delivery,
     model_name,
+    refuse_only_chat,
     refuse_unsupported,
     sampling_params,
 )
 from tokenspeed.errors import ContextLengthExceeded, InvalidRequest
-from tokenspeed.request import MAX_LOGPROBS, SamplingParams
+from tokenspeed.request import SamplingParams
 
 Prompt = str | list[int]
-
-DEFAULT_MAX_TOKENS = 16
-
-_PROMPT = Kind[str | list[str | int | list[int]]](
-    str | list[str | int | list[int]],
-    "a string, an array of token ids, or an array of strings or of arrays of token ids",
-    shows=False,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +46,11 @@ def completion_request(body: bytes, model: Model) -> CompletionRequest:
     fields = Fields.parse(body)
     model_name(fields, model)
     refuse_unsupported(fields)
-    prompts = _prompts(fields, model)
-    echo = fields.take_or("echo", BOOLEAN, False)
-    logprobs = fields.take("logprobs", INTEGER)
-    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
-        raise InvalidRequest(f"logprobs must be between 0 and {MAX_LOGPROBS}, got {logprobs}", param="logprobs")
-    max_tokens = fields.take_or("max_tokens", INTEGER, DEFAULT_MAX_TOKENS)
+    refuse_only_chat(fields)
+    prompts = read_prompts(fields, model, "prompt")
+    echo = fields.value(declared.ECHO)
+    logprobs = fields.read(declared.COMPLETION_LOGPROBS)
+    max_tokens = fields.value(declared.COMPLETION_MAX_TOKENS)
     params = sampling_params(fields, model, max_tokens=max_tokens, logprobs=logprobs, min_max_tokens=0 if echo else 1)
     if max_tokens == 0 and params.min_tokens > 0:
         raise InvalidRequest("min_tokens must be 0 with max_tokens 0", param="min_tokens")
@@ -80,46 +73,47 @@ def completion_request(body: bytes, model: Model) -> CompletionRequest:
     )
 
 
-def _prompts(fields: Fields, model: Model) -> list[Prompt]:
-    raw = fields.raw("prompt")
+def read_prompts(fields: Fields, model: Model, name: str) -> list[Prompt]:
+    """One or more prompts from the field of that name, each a text or token ids that can fit the context."""
+    raw = fields.raw(name)
     if raw is None:
-        raise InvalidRequest("prompt is required", param="prompt")
+        raise InvalidRequest(f"{name} is required", param=name)
     if raw.count(b",") > MAX_PROMPTS * model.max_model_len and raw.startswith(b"["):
-        raise InvalidRequest("prompt has too many elements", param="prompt")
-    value = decode(raw, _PROMPT, "prompt")
+        raise InvalidRequest(f"{name} has too many elements", param=name)
+    value = decode(raw, declared.PROMPT.kind, name)
     if isinstance(value, str):
-        return [_text(value, model)]
+        return [_text(value, model, name)]
     if not value:
-        raise InvalidRequest("prompt must not be empty", param="prompt")
+        raise InvalidRequest(f"{name} must not be empty", param=name)
     ids = [item for item in value if isinstance(item, int)]
     if len(ids) == len(value):
-        return [_ids(ids, model)]
+        return [_ids(ids, model, name)]
     if len(value) > MAX_PROMPTS:
-        raise InvalidRequest(f"prompt must have at most {MAX_PROMPTS} prompts, got {len(value)}", param="prompt")
+        raise InvalidRequest(f"{name} must have at most {MAX_PROMPTS} prompts, got {len(value)}", param=name)
     texts = [item for item in value if isinstance(item, str)]
     if len(texts) == len(value):
-        return [_text(text, model) for text in texts]
+        return [_text(text, model, name) for text in texts]
     lists = [item for item in value if isinstance(item, list)]
     if len(lists) == len(value):
-        return [_ids(item, model) for item in lists]
-    raise InvalidRequest("prompt must not mix strings and token ids", param="prompt")
+        return [_ids(item, model, name) for item in lists]
+    raise InvalidRequest(f"{name} must not mix strings and token ids", param=name)
 
 
-def _text(text: str, model: Model) -> str:
+def _text(text: str, model: Model, name: str) -> str:
     if not text:
-        raise InvalidRequest("prompt must not be empty", param="prompt")
-    check_text_fits(len(text.encode()), model, "prompt")
+        raise InvalidRequest(f"{name} must not be empty", param=name)
+    check_text_fits(len(text.encode()), model, name)
     return text
 
 
-def _ids(ids: list[int], model: Model) -> list[int]:
+def _ids(ids: list[int], model: Model, name: str) -> list[int]:
     if not ids:
-        raise InvalidRequest("prompt must not be empty", param="prompt")
+        raise InvalidRequest(f"{name} must not be empty", param=name)
     if len(ids) > model.max_model_len:
-        raise ContextLengthExceeded(limit=model.max_model_len, prompt=len(ids), completion=1, param="prompt")
+        raise ContextLengthExceeded(limit=model.max_model_len, prompt=len(ids), completion=1, param=name)
     for token_id in (min(ids), max(ids)):
         if not 0 <= token_id < model.vocab_size:
             raise InvalidRequest(
-                f"prompt has token id {token_id}; the vocabulary has ids 0 to {model.vocab_size - 1}", param="prompt"
+                f"{name} has token id {token_id}; the vocabulary has ids 0 to {model.vocab_size - 1}", param=name
             )
     return ids

@@ -7,13 +7,11 @@ An event is written to the transport in one call, chunk framing included: about 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from aiohttp import web
 
 from tokenspeed.entrypoints.limits import Limits
-
-DONE = b"data: [DONE]\n\n"
-COMMENT = b": keep-alive\n\n"
 
 
 class SlowReader(ConnectionResetError):
@@ -21,12 +19,18 @@ class SlowReader(ConnectionResetError):
 
 
 class EventStream:
-    """One 200 answer of type text/event-stream. `open` first; then `send` and `drain`; `close` last."""
+    """One 200 answer of type text/event-stream. `open` first; then `send` and `drain`; `close` last.
 
-    def __init__(self, request: web.Request, limits: Limits, headers: dict[str, str]) -> None:
+    `keep_alive` gives what is sent after a long silence.
+    """
+
+    def __init__(
+        self, request: web.Request, limits: Limits, headers: dict[str, str], keep_alive: Callable[[], bytes]
+    ) -> None:
         self._request = request
         self._connection = request.protocol
         self._limits = limits
+        self._silence_filler = keep_alive
         fixed = {
             "Content-Type": "text/event-stream; charset=utf-8",
             "Cache-Control": "no-store",
@@ -48,13 +52,16 @@ class EventStream:
         self._last_sent = self._loop.time()
         self._timer = self._loop.call_later(self._limits.keepalive_seconds, self._keep_alive)
 
-    def send(self, event: bytes) -> bool:
-        """Write whole events. True when so much waits for the client that `drain` must be awaited."""
+    def send(self, event: bytes, now: float | None = None) -> bool:
+        """Write whole events. True when so much waits for the client that `drain` must be awaited.
+
+        `now` is the loop's time, if it is known.
+        """
         transport = self._connection.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
         transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._chunked else event)
-        self._last_sent = self._loop.time()
+        self._last_sent = self._loop.time() if now is None else now
         return transport.get_write_buffer_size() > self._limits.write_buffer_bytes
 
     async def drain(self) -> None:
@@ -87,6 +94,6 @@ class EventStream:
             transport = self._connection.transport
             if transport is None or transport.is_closing():
                 return
-            self.send(COMMENT)
+            self.send(self._silence_filler())
             wait = self._limits.keepalive_seconds
         self._timer = self._loop.call_later(wait, self._keep_alive)

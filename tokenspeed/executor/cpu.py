@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,33 +32,31 @@ from tokenspeed.batch import (
 )
 from tokenspeed.errors import InvariantBroken
 from tokenspeed.executor import logprobs
-from tokenspeed.executor.interface import Binding, Flight
+from tokenspeed.executor.device_step import Model
+from tokenspeed.executor.interface import Binding, Flight, Mask
+from tokenspeed.executor.masks import AwaitedMasks, MaskedSlots, checked
+from tokenspeed.executor.prompt_scores import PromptScores
 from tokenspeed.executor.sampler import Sampled, Sampler
 from tokenspeed.executor.sampling_tables import SamplingTables
-from tokenspeed.layers.forward import ForwardInput, KVSpec, LayerKV
+from tokenspeed.layers.forward import ForwardInput, LayerKV
 
 UNMAPPED = -1
 """An entry of a block table that no plan has filled."""
 
 
-class Model(Protocol):
-    """What the executor asks of a model: T tokens in, hidden states [T, H] out, logits of chosen ones."""
-
-    @property
-    def kv_spec(self) -> list[KVSpec]: ...
-
-    def forward(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor: ...
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
-
-
 class CpuFlight:
     """A step on its way through the worker thread."""
 
-    __slots__ = ("_landed",)
+    __slots__ = ("_landed", "_masks", "masked")
 
-    def __init__(self, landed: Future[StepResult]) -> None:
+    def __init__(self, landed: Future[StepResult], masked: Sequence[int], masks: AwaitedMasks | None) -> None:
         self._landed = landed
+        self.masked = masked
+        self._masks = masks
+
+    def mask(self, masks: Sequence[Mask]) -> None:
+        if self._masks is not None:
+            self._masks.give(checked(self.masked, masks))
 
     async def tokens(self) -> StepResult:
         """Wait for the step. Cancelling the wait does not cancel the step."""
@@ -88,6 +85,8 @@ class CpuExecutor:
         self._device = _Device(model, num_blocks, limits, vocab_size, dtype)
         self._num_threads = num_threads
         self._queue: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
+        self._masked = MaskedSlots()
+        self._awaited: AwaitedMasks | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="tokenspeed-cpu-executor", daemon=True)
         self._thread.start()
@@ -102,8 +101,10 @@ class CpuExecutor:
             raise InvariantBroken("a step was launched on a closed executor")
         landed: Future[StepResult] = Future()
         landed.set_running_or_notify_cancel()
-        self._queue.put(_Launch(plan, bindings, landed))
-        return CpuFlight(landed)
+        masked = self._masked.launched(plan, bindings)
+        masks = self._awaited = AwaitedMasks() if masked else None
+        self._queue.put(_Launch(plan, bindings, landed, masks))
+        return CpuFlight(landed, masked, masks)
 
     def new_buffers(self) -> PlanBuffers:
         return PlanBuffers(self._limits)
@@ -112,6 +113,8 @@ class CpuExecutor:
         """Run what is queued, then end the thread."""
         if not self._closed:
             self._closed = True
+            if self._awaited is not None:
+                self._awaited.abandon()
             self._queue.put(None)
         self._thread.join()
 
@@ -122,7 +125,7 @@ class CpuExecutor:
             if failure is None:
                 # Whatever a step raises belongs to whoever awaits its flight, and to every flight after it.
                 try:
-                    result = self._device.run(launch.plan, launch.bindings)
+                    result = self._device.run(launch.plan, launch.bindings, launch.masks)
                 except BaseException as error:
                     failure = error
                 else:
@@ -136,14 +139,7 @@ class _Launch:
     plan: Plan
     bindings: Sequence[Binding]
     landed: Future[StepResult]
-
-
-@dataclass(frozen=True, slots=True)
-class _PromptScores:
-    """A slot whose request asked for the log-probabilities of its prompt."""
-
-    prompt: Int32Array
-    k: int
+    masks: AwaitedMasks | None
 
 
 class _Device:
@@ -163,10 +159,10 @@ class _Device:
         self._last_token: Int64Array = np.zeros(limits.max_rows, dtype=np.int64)
         self._length: Int64Array = np.zeros(limits.max_rows, dtype=np.int64)
         self._block_table: Int32Array = np.full((limits.max_rows, limits.max_blocks), UNMAPPED, dtype=np.int32)
-        self._prompt_scores: dict[int, _PromptScores] = {}
+        self._prompt_scores: dict[int, PromptScores] = {}
 
     @torch.inference_mode()
-    def run(self, plan: Plan, bindings: Sequence[Binding]) -> StepResult:
+    def run(self, plan: Plan, bindings: Sequence[Binding], masks: AwaitedMasks | None) -> StepResult:
         start = time.perf_counter()
         self._update_slots(plan, bindings)
         if plan.num_rows == 0:
@@ -179,7 +175,8 @@ class _Device:
         computed = time.perf_counter()
         scores = self._score_prompts(plan, slots, hidden)
         self._length[slots] += plan.row_new
-        sampled = None if logits is None else self._sample(logits, slots[sample_rows])
+        given = () if masks is None else masks.wait()
+        sampled = None if logits is None else self._sample(logits, slots[sample_rows], given)
         return _result(plan, StepTimes(computed - start, time.perf_counter() - computed), sampled, scores)
 
     def _update_slots(self, plan: Plan, bindings: Sequence[Binding]) -> None:
@@ -203,12 +200,9 @@ class _Device:
         self._block_table[slot_at, position] = block
 
     def _bind_prompt(self, slot: int, binding: Binding) -> None:
-        k = binding.params.prompt_logprobs
-        # A request that has generated was given the scores of all its prompt before it was preempted.
-        if k is not None and len(binding.tokens) == binding.prompt_len:
-            self._prompt_scores[slot] = _PromptScores(binding.tokens, k)
-        else:
-            self._prompt_scores.pop(slot, None)
+        self._prompt_scores.pop(slot, None)
+        if (scores := PromptScores.of(binding)) is not None:
+            self._prompt_scores[slot] = scores
 
     def _inputs(self, plan: Plan, slots: Int64Array) -> ForwardInput:
         """The plan and the device's state as arguments of a forward pass."""
@@ -245,8 +239,8 @@ class _Device:
             block_size=self._block_size,
         )
 
-    def _sample(self, logits: torch.Tensor, slots: Int64Array) -> Sampled:
-        sampled = self._sampler.sample(logits, slots, self._length[slots])
+    def _sample(self, logits: torch.Tensor, slots: Int64Array, masks: Sequence[Mask]) -> Sampled:
+        sampled = self._sampler.sample(logits, slots, self._length[slots], masks)
         # A row without a token ends; the step already launched behind it reads a harmless id instead.
         self._last_token[slots] = np.maximum(sampled.tokens, 0)
         return sampled
@@ -261,11 +255,10 @@ class _Device:
             asked = self._prompt_scores.get(slot)
             if asked is None:
                 continue
-            computed = int(plan.row_computed[row])
-            targets = asked.prompt[computed + 1 : computed + 1 + int(plan.row_new[row])]
+            targets = asked.targets(int(plan.row_computed[row]), int(plan.row_new[row]))
             if len(targets):
                 at = int(starts[row])
-                token_ids = torch.from_numpy(targets.astype(np.int64))
+                token_ids = torch.from_numpy(targets)
                 scores[row] = logprobs.score(
                     self._model.logits, hidden[at : at + len(targets)], token_ids, self._vocab_size, asked.k
                 )

@@ -16,7 +16,7 @@ class Binding:
 
     `tokens` are all tokens known when it is bound: the prompt, and after a preemption what it had
     generated; the first `prompt_len` are the prompt. `seed` is resolved by the engine. `stop_ids` are
-    masked until `params.min_tokens` tokens are generated.
+    masked until `params.min_tokens` tokens are generated. Each of its samples waits for a mask if it is `masked`.
     """
 
     params: SamplingParams
@@ -24,10 +24,22 @@ class Binding:
     prompt_len: int
     seed: int
     stop_ids: Int32Array
+    masked: bool = False
+
+
+Mask = Int32Array | None
+"""Tokens that may be sampled, [V / 32] with a bit for each, the lowest first; None allows all. It must not change
+before its step has landed."""
 
 
 class Flight(Protocol):
-    """One launched step."""
+    """One launched step. `masked` are the slots of its samples that wait for a mask: none in most steps."""
+
+    masked: Sequence[int]
+
+    def mask(self, masks: Sequence[Mask]) -> None:
+        """Give the masks of `masked`, in its order: once, before any later step is launched. Returns at once."""
+        ...
 
     async def tokens(self) -> StepResult:
         """Wait off the event loop until the step has landed. Raises what the step raised."""

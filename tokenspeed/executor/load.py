@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from tokenspeed.config import EngineConfig
 from tokenspeed.errors import ConfigError
 from tokenspeed.executor.cpu import CpuExecutor
 from tokenspeed.executor.interface import Executor
+from tokenspeed.executor.load_gpu import STEP_TOKENS as GPU_STEP_TOKENS
+from tokenspeed.executor.load_gpu import GpuNeeds, free_memory, start_gpu
 from tokenspeed.executor.machine import available_cpus, available_memory
 from tokenspeed.executor.memory import block_bytes, mib, num_kv_blocks
 from tokenspeed.kernels.platform import Platform
@@ -27,6 +30,9 @@ from tokenspeed.models.registry import build_model
 STEP_TOKENS = 256
 """Tokens of a step on a CPU, unless a flag says otherwise: every stream waits for the prompts in its step, and
 two cores prefill about 300 tokens a second of a small model."""
+
+DEVICE = "TOKENSPEED_DEVICE"
+"""Environment variable: cpu or cuda; unset, a GPU is used where torch finds one."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all) as loading goes on."""
@@ -53,16 +59,18 @@ def load_executor(config: EngineConfig, progress: Progress | None = None) -> Loa
     Raises `ConfigError` (or its child `CheckpointError`), in one line, for whatever is wrong with the
     flags, the files or the memory, before anything large is allocated.
     """
+    device = chosen_device(os.environ.get(DEVICE, ""))
+    gpu = device.type == "cuda"
     source = resolve(config.model, config.load_format)
     model_config = read_model_config(source)
     max_model_len = context_length(config.max_model_len, model_config)
+    step_tokens = GPU_STEP_TOKENS if gpu else STEP_TOKENS
     limits = BatchLimits(
         max_rows=config.max_num_seqs,
-        max_tokens=config.max_num_batched_tokens or max(STEP_TOKENS, config.max_num_seqs),
+        max_tokens=config.max_num_batched_tokens or max(step_tokens, config.max_num_seqs),
         max_blocks=-(-max_model_len // config.block_size),
         block_size=config.block_size,
     )
-    device = torch.device("cpu")
     platform = Platform.of(device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     dtype = default_dtype(model_config, platform) if dtype is None else dtype
@@ -70,26 +78,49 @@ def load_executor(config: EngineConfig, progress: Progress | None = None) -> Loa
     # Built without memory first: what does not fit is refused before it is allocated (0.1 s for 30 layers).
     shapes = built(model_config, dataclasses.replace(ctx, device=torch.device("meta")))
     per_block = block_bytes(shapes.kv_spec, config.block_size, dtype)
-    available = left_by_weights(shapes, available_memory())
-    num_blocks = num_kv_blocks(per_block, limits, kv_cache_bytes=config.kv_cache_bytes, available=available)
+    left = left_by_weights(shapes, free_memory(device) if gpu else available_memory())
+    needs = GpuNeeds(per_block, config.kv_cache_bytes, limits, model_config.vocab_size)
+    num_blocks = 0
+    if gpu:
+        needs.check(left)
+    else:
+        num_blocks = num_kv_blocks(per_block, limits, kv_cache_bytes=config.kv_cache_bytes, available=left)
     model = built(model_config, ctx)
     load_weights(model, source, None if progress is None else lambda done, total: progress("weights", done, total))
     num_threads = config.num_threads or available_cpus()
-    executor = CpuExecutor(
-        model,
-        num_blocks=num_blocks,
-        limits=limits,
-        vocab_size=model_config.vocab_size,
-        dtype=dtype,
-        num_threads=num_threads,
-    )
+    executor: Executor
+    if gpu:
+        if config.num_threads is not None:  # what torch still computes on the host: weights that are converted
+            torch.set_num_threads(config.num_threads)
+        executor, where = start_gpu(model, ctx, needs)
+    else:
+        executor = CpuExecutor(
+            model,
+            num_blocks=num_blocks,
+            limits=limits,
+            vocab_size=model_config.vocab_size,
+            dtype=dtype,
+            num_threads=num_threads,
+        )
+        where = f"{num_threads} CPU threads"
     summary = (
-        f"{source.name} ({model_config.architecture}, {dtype}) on {num_threads} CPU threads; context {max_model_len}; "
-        f"KV cache of {num_blocks} blocks of {config.block_size} tokens, {mib(num_blocks * per_block)}"
+        f"{source.name} ({model_config.architecture}, {dtype}) on {where}; context {max_model_len}; "
+        f"KV cache of {executor.num_blocks} blocks of {config.block_size} tokens, "
+        f"{mib(executor.num_blocks * per_block)}"
     )
     return LoadedExecutor(
         executor, limits, max_model_len, model_config.vocab_size, model_config.eos_token_ids, summary
     )
+
+
+def chosen_device(setting: str) -> torch.device:
+    """The device that `TOKENSPEED_DEVICE` asks for. Raises `ConfigError` for one that is not there."""
+    if setting not in ("", "cpu", "cuda"):
+        raise ConfigError(f"{DEVICE} must be cpu or cuda, got {setting!r}")
+    found = torch.cuda.is_available()
+    if setting == "cuda" and not found:
+        raise ConfigError(f"{DEVICE}=cuda, but torch finds no GPU here")
+    return torch.device("cuda", 0) if found and setting != "cpu" else torch.device("cpu")
 
 
 def built(config: ModelConfig, ctx: BuildContext) -> CausalLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,13 +44,7 @@ def score(
         pick(torch.log_softmax(logits(hidden[start : start + step]), 1), token_ids[start : start + step], k)
         for start in range(0, len(token_ids), step)
     ]
-    return Logprobs(
-        token_ids=np.concatenate([part.token_ids for part in parts]),
-        logprobs=np.concatenate([part.logprobs for part in parts]),
-        ranks=np.concatenate([part.ranks for part in parts]),
-        top_ids=np.concatenate([part.top_ids for part in parts]),
-        top_logprobs=np.concatenate([part.top_logprobs for part in parts]),
-    )
+    return joined(parts)
 
 
 def spread(part: Logprobs, at: Int64Array, token_ids: Int64Array) -> Logprobs:
@@ -77,3 +72,70 @@ def _best(log_probs: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids, values = ids.gather(1, by_id), values.gather(1, by_id)
     by_value = values.sort(dim=1, descending=True, stable=True).indices
     return ids.gather(1, by_value), values.gather(1, by_value)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLogprobs:
+    """`Logprobs` on their way from the device: read only when the step has landed."""
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    ranks: torch.Tensor
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+
+    def landed(self) -> Logprobs:
+        return Logprobs(
+            self.token_ids.numpy().astype(np.int32),
+            self.logprobs.numpy(),
+            self.ranks.numpy().astype(np.int32),
+            self.top_ids.numpy().astype(np.int32),
+            self.top_logprobs.numpy(),
+        )
+
+
+def pick_on_device(log_probs: torch.Tensor, token_ids: torch.Tensor, k: int) -> DeviceLogprobs:
+    """As `pick`, without waiting for the device: copies to page-locked memory are enqueued."""
+    vocab = log_probs.shape[1]
+    chosen = log_probs.gather(1, token_ids[:, None])
+    ranks = (log_probs > chosen).sum(1) + 1
+    # Floats order as their bits do (below zero, as those turned around): above the id, they make equals distinct.
+    bits = (log_probs + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    keys = (ordered << 32) + torch.arange(vocab - 1, -1, -1, device=log_probs.device)
+    top_ids = vocab - 1 - (keys.topk(min(k, vocab), dim=1).values & 0xFFFFFFFF)
+    top = log_probs.gather(1, top_ids)
+    return DeviceLogprobs(*(_homeward(each) for each in (token_ids, chosen[:, 0], ranks, top_ids, top)))
+
+
+def score_on_device(
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    token_ids: torch.Tensor,
+    vocab_size: int,
+    k: int,
+) -> list[DeviceLogprobs]:
+    """As `score`, in slices, without waiting for the device."""
+    step = max(1, SLICE_ELEMENTS // vocab_size)
+    return [
+        pick_on_device(torch.log_softmax(logits(hidden[start : start + step]), 1), token_ids[start : start + step], k)
+        for start in range(0, len(token_ids), step)
+    ]
+
+
+def joined(parts: list[Logprobs]) -> Logprobs:
+    """Consecutive positions as one."""
+    return Logprobs(
+        token_ids=np.concatenate([part.token_ids for part in parts]),
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+        ranks=np.concatenate([part.ranks for part in parts]),
+        top_ids=np.concatenate([part.top_ids for part in parts]),
+        top_logprobs=np.concatenate([part.top_logprobs for part in parts]),
+    )
+
+
+def _homeward(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

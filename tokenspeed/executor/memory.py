@@ -22,11 +22,18 @@ def block_bytes(kv_spec: Sequence[KVSpec], block_size: int, dtype: torch.dtype) 
     return sum(spec.elements() for spec in kv_spec) * block_size * dtype.itemsize
 
 
-def num_kv_blocks(per_block: int, limits: BatchLimits, *, kv_cache_bytes: int | None, available: int) -> int:
+def num_kv_blocks(
+    per_block: int,
+    limits: BatchLimits,
+    *,
+    kv_cache_bytes: int | None,
+    available: int,
+    share: float = DEFAULT_SHARE,
+) -> int:
     """Blocks of `per_block` bytes that the cache gets, with `available` bytes of memory to take them from.
 
     `kv_cache_bytes` as asked for by `--kv-cache-memory`; None takes what every slot at full length needs,
-    at most `DEFAULT_SHARE` of `available`. Raises `ConfigError` if the bytes asked for are not there, or
+    at most `share` of `available`. Raises `ConfigError` if the bytes asked for are not there, or
     if the result would not hold one block.
     """
     if kv_cache_bytes is not None:
@@ -40,10 +47,10 @@ def num_kv_blocks(per_block: int, limits: BatchLimits, *, kv_cache_bytes: int | 
                 f"which takes {mib(per_block)}"
             )
         return kv_cache_bytes // per_block
-    fits = int(available * DEFAULT_SHARE) // per_block
+    fits = int(available * share) // per_block
     if fits < 1:
         raise ConfigError(
-            f"not enough memory for a KV cache: {mib(available)} are available, {DEFAULT_SHARE:.0%} of them may be "
+            f"not enough memory for a KV cache: {mib(available)} are available, {share:.0%} of them may be "
             f"used, and one block of {limits.block_size} tokens takes {mib(per_block)}; free memory, or set "
             f"--kv-cache-memory or a smaller --block-size"
         )

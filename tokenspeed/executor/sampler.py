@@ -5,7 +5,7 @@ A row's next token is decided in this order:
 1. log-probabilities are taken from the model's own logits;
 2. logit_bias is added; penalties are applied (repetition over prompt and output, presence and frequency
    over the output);
-3. masks: allowed_token_ids, bad words, stop ids before min_tokens;
+3. masks: allowed_token_ids, bad words, stop ids before min_tokens; then the mask of its grammar;
 4. temperature 0: the most likely token, the lowest id among equals;
 5. else p = exp((logit − max) / temperature), and what is less likely than the row's cut is dropped:
    min_p keeps p ≥ min_p × max p; top_k then keeps the k most likely; top_p then keeps the most likely
@@ -22,6 +22,7 @@ Passes over the vocabulary run in torch; what is small runs in numpy, whose call
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,8 @@ import torch
 from tokenspeed.batch import NOT_FINITE, Int32Array, Int64Array, Logprobs
 from tokenspeed.executor import logprobs
 from tokenspeed.executor.counter_random import uniform
+from tokenspeed.executor.interface import Mask
+from tokenspeed.executor.masks import forbidden
 from tokenspeed.executor.sampling_tables import Feature, SamplingTables
 
 Float32Array = npt.NDArray[np.float32]
@@ -57,11 +60,14 @@ class Sampler:
         # Columns past the vocabulary stay zero. calloc: a row costs memory once it is used.
         self._probs = torch.from_numpy(np.zeros((tables.num_slots, padded), dtype=np.float32))
 
-    def sample(self, logits: torch.Tensor, slots: Int64Array, positions: Int64Array) -> Sampled:
+    def sample(
+        self, logits: torch.Tensor, slots: Int64Array, positions: Int64Array, masks: Sequence[Mask] = ()
+    ) -> Sampled:
         """Choose a token for each row of `logits` [S, V], contiguous float32, which is overwritten.
 
         `slots` [S] are the rows' slots, distinct; `positions` [S] is where the new token will stand in
-        its sequence. The tokens join the slots' histories.
+        its sequence. The tokens join the slots' histories. `masks` are those of the slots with `Feature.MASKED`, in
+        the order of the rows.
         """
         tables = self._tables
         features = tables.features[slots]
@@ -75,6 +81,10 @@ class Sampler:
             rows: Float32Array = logits.numpy()
             for row in np.flatnonzero(features & Feature.EDITS).tolist():
                 tables.edits[int(slots[row])].apply(rows[row], int(positions[row]))
+        for row, mask in zip(np.flatnonzero(features & Feature.MASKED).tolist(), masks, strict=True):
+            if mask is not None:
+                np.copyto(logits[row].numpy(), -np.inf, where=forbidden(mask, tables.vocab_size))
+        if wanted & (Feature.EDITS | Feature.MASKED):
             best = logits.amax(1).numpy()
             usable &= np.isfinite(best)
         random = features & Feature.RANDOM != 0

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tokenspeed.batch import Int64Array
 from tokenspeed.executor.edits import Edits, has_penalties
 from tokenspeed.executor.interface import Binding
-from tokenspeed.request import SamplingParams
+from tokenspeed.kernels import sampler_state
 
 MIN_TEMPERATURE = 1e-6
 """Lower temperatures are raised to this: float32 logits this close together differ by rounding only."""
@@ -20,15 +20,17 @@ MIN_TEMPERATURE = 1e-6
 class Feature(enum.IntFlag):
     """What a slot asks of the sampler; a step does the work of the features that its rows have.
 
-    HISTORY: its edits depend on the tokens sampled. SORTED_CUT: top_k or top_p.
+    HISTORY: its edits depend on the tokens sampled. SORTED_CUT: top_k or top_p. MASKED: each sample brings a mask. The
+    kernels see the same bits.
     """
 
-    RANDOM = 1
-    SORTED_CUT = 2
-    MIN_P = 4
-    EDITS = 8
-    HISTORY = 16
+    RANDOM = sampler_state.RANDOM
+    SORTED_CUT = sampler_state.SORTED_CUT
+    MIN_P = sampler_state.MIN_P
+    EDITS = sampler_state.EDITS
+    HISTORY = sampler_state.HISTORY
     LOGPROBS = 32
+    MASKED = sampler_state.MASKED
 
     CUT = SORTED_CUT | MIN_P
 
@@ -55,7 +57,7 @@ class SamplingTables:
     def bind(self, slot: int, binding: Binding) -> None:
         """Give `slot` to a request; history is rebuilt from the tokens that it brings."""
         params = binding.params
-        features = self._features(params)
+        features = features_of(binding, self.vocab_size)
         self.features[slot] = features
         self.top_k[slot] = params.top_k if 0 < params.top_k < self.vocab_size else 0
         self.seed[slot] = binding.seed
@@ -74,17 +76,20 @@ class SamplingTables:
             self.features[slot] = 0
             self.edits.pop(slot, None)
 
-    def _features(self, params: SamplingParams) -> Feature:
-        """The features that have an effect: a top_k of a greedy request has none."""
-        random = not params.greedy
-        history = has_penalties(params) or bool(params.bad_word_ids)
-        edits = history or params.logit_bias or params.allowed_token_ids is not None or params.min_tokens > 0
-        wanted = {
-            Feature.RANDOM: random,
-            Feature.SORTED_CUT: random and (0 < params.top_k < self.vocab_size or params.top_p < 1.0),
-            Feature.MIN_P: random and params.min_p > 0.0,
-            Feature.EDITS: bool(edits),
-            Feature.HISTORY: history,
-            Feature.LOGPROBS: params.logprobs is not None,
-        }
-        return Feature(sum(flag for flag, on in wanted.items() if on))
+
+def features_of(binding: Binding, vocab_size: int) -> Feature:
+    """The features that have an effect: a top_k of a greedy request has none."""
+    params = binding.params
+    random = not params.greedy
+    history = has_penalties(params) or bool(params.bad_word_ids)
+    edits = history or params.logit_bias or params.allowed_token_ids is not None or params.min_tokens > 0
+    wanted = {
+        Feature.RANDOM: random,
+        Feature.SORTED_CUT: random and (0 < params.top_k < vocab_size or params.top_p < 1.0),
+        Feature.MIN_P: random and params.min_p > 0.0,
+        Feature.EDITS: bool(edits),
+        Feature.HISTORY: history,
+        Feature.LOGPROBS: params.logprobs is not None,
+        Feature.MASKED: binding.masked,
+    }
+    return Feature(sum(flag for flag, on in wanted.items() if on))

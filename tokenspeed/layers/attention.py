@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import ops
 from tokenspeed.layers.forward import ForwardInput, KVSpec, LayerKV
 from tokenspeed.layers.linear import ColumnLinear, RowLinear
 from tokenspeed.layers.module import BuildContext, Module
+from tokenspeed.layers.norm import RMSNorm
 from tokenspeed.layers.rotary import RotaryTable
+from tokenspeed.parallel.cost import Work
+from tokenspeed.parallel.mesh import FLAGS, Mesh
 from tokenspeed.parallel.placement import Boundary, Partial, Replicate, Shard
+from tokenspeed.parallel.shards import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,12 @@ class AttentionInput:
     kv_slots: torch.Tensor
     decode: Rows
     prefill: Rows
+    num_tokens: torch.Tensor | None
+
+    def cache_rows(self) -> ops.CacheRows:
+        """The rows of a step of decode rows alone, as the ops of whole blocks take them."""
+        rows = self.decode
+        return ops.CacheRows(self.positions, self.kv_slots, rows.kv_len, rows.block_table, rows.kv_lens)
 
     @classmethod
     def of(cls, inputs: ForwardInput) -> AttentionInput:
@@ -53,7 +65,35 @@ class AttentionInput:
             kv_slots=inputs.kv_slots,
             decode=rows(0, inputs.num_decode),
             prefill=rows(inputs.num_decode, len(inputs.query_lens)),
+            num_tokens=inputs.num_tokens,
         )
+
+
+def heads_of_a_rank(mesh: Mesh, axis: str, num_heads: int) -> int:
+    """Query heads that one rank of `axis` has. Raises `ConfigError` naming the flag if they cannot be dealt."""
+    ranks = mesh.size(axis)
+    if num_heads % ranks:
+        fits = max(number for number in range(1, ranks) if num_heads % number == 0)
+        raise ConfigError(
+            f"{FLAGS.get(axis, axis)} {ranks}: num_attention_heads ({num_heads}) cannot be dealt to so many ranks; "
+            f"the nearest number below is {fits}"
+        )
+    return num_heads // ranks
+
+
+def ranks_of_a_kv_head(mesh: Mesh, axis: str, num_kv_heads: int) -> int:
+    """How many neighbouring ranks of `axis` have the same KV heads: 1, or more where there are fewer heads than ranks.
+    Raises `ConfigError` naming the flag if neither divides the other."""
+    ranks = mesh.size(axis)
+    if num_kv_heads % ranks == 0:
+        return 1
+    if ranks % num_kv_heads:
+        fits = max(number for number in range(1, ranks) if num_kv_heads % number == 0 or number % num_kv_heads == 0)
+        raise ConfigError(
+            f"{FLAGS.get(axis, axis)} {ranks}: num_key_value_heads ({num_kv_heads}) is neither a multiple nor a "
+            f"divisor of it; the nearest number below that fits is {fits}"
+        )
+    return ranks // num_kv_heads
 
 
 class PagedAttention(Module):
@@ -86,6 +126,12 @@ class PagedAttention(Module):
         self._prefill = ops.mha_prefill(
             ctx.target, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=ctx.block_size
         )
+        self._kv_bytes = 2 * num_kv_heads * head_dim * ctx.dtype.itemsize
+
+    def work(self, tokens: int) -> Work:
+        """Keys and values of the context; a score and a share of a value for each pair."""
+        pair = 4.0 * self.num_heads * self.head_dim
+        return Work(kv_bytes=self._kv_bytes, decode_pair_flop=pair, prompt_pair_flop=pair)
 
     def forward(self, qkv: torch.Tensor, inputs: AttentionInput, kv: LayerKV) -> torch.Tensor:
         """qkv [T, (Hq + 2 Hk) D], overwritten → [T, Hq D]."""
@@ -119,8 +165,51 @@ class PagedAttention(Module):
         return out.reshape(out.shape[0], self.num_heads * self.head_dim)
 
 
-class GQAAttention(Module):
-    """Projection to q, k and v in one product, paged attention, projection back."""
+class QKNorm(Module):
+    """An RMS norm over each head of q and of k, v as it is. Each rank norms the heads that it holds."""
+
+    def __init__(
+        self, ctx: BuildContext, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, axis: str
+    ) -> None:
+        super().__init__()
+        self.boundary = Boundary(takes=Shard(axis, -1), gives=Shard(axis, -1))
+        self.num_heads, self.num_kv_heads, self.head_dim, self.eps = num_heads, num_kv_heads, head_dim, eps
+        self.q_weight, self.k_weight = (
+            self.declare(ctx, (head_dim,), [Piece(ctx.name(f"{name}.weight"), (slice(None),))], Replicate(axis))
+            for name in ("q_norm", "k_norm")
+        )
+        self._apply_norm = ops.rms_norm(ctx.target)
+
+    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
+        """qkv [T, (Hq + 2 Hk) D] → the same, a new tensor."""
+        rows, size = qkv.shape[0], self.head_dim
+        ends = (self.num_heads * size, (self.num_heads + self.num_kv_heads) * size)
+        q, k, v = qkv.tensor_split(ends, dim=-1)
+        q = self._apply_norm(q.reshape(-1, size), self.q_weight, self.eps)[0]
+        k = self._apply_norm(k.reshape(-1, size), self.k_weight, self.eps)[0]
+        return torch.cat((q.view(rows, -1), k.view(rows, -1), v), dim=-1)
+
+
+class Attention(Module):
+    """What a decoder layer asks of its attention: `kv_spec`, and hidden states in and out."""
+
+    kv_spec: KVSpec
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, inputs: AttentionInput, kv: LayerKV) -> torch.Tensor:
+        """x [T, H] → [T, H]; `kv` is this layer's cache, written in place."""
+
+    @abstractmethod
+    def decode(
+        self, x: torch.Tensor, norm: RMSNorm, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A step of decode rows alone, from before the norm: x and residual [R, H] → (what attention adds,
+        x + residual)."""
+
+
+class GQAAttention(Attention):
+    """Projection to q, k and v in one product, a norm of the heads where `qk_norm_eps` is given, paged attention,
+    projection back. `num_heads` and `num_kv_heads` are those of the model; a rank has its share."""
 
     def __init__(
         self,
@@ -133,12 +222,26 @@ class GQAAttention(Module):
         rotary: RotaryTable,
         qkv_bias: bool,
         out_bias: bool,
+        qk_norm_eps: float | None = None,
         axis: str = "attn",
     ) -> None:
         super().__init__()
         self.boundary = Boundary(takes=Replicate(axis), gives=Partial(axis))
+        self.row_bytes = hidden_size * ctx.dtype.itemsize
         rows = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
-        self.qkv_proj = ColumnLinear(ctx, hidden_size, rows, axis=axis, bias=qkv_bias)
+        columns_out = num_heads * head_dim
+        shared_by = ranks_of_a_kv_head(ctx.mesh, axis, num_kv_heads)
+        num_heads = heads_of_a_rank(ctx.mesh, axis, num_heads)
+        num_kv_heads = num_kv_heads * shared_by // ctx.mesh.size(axis)
+        sharing = {"k_proj": shared_by, "v_proj": shared_by}
+        self.qkv_proj = ColumnLinear(ctx, hidden_size, rows, axis=axis, bias=qkv_bias, shared_by=sharing)
+        self.qk_norm = (
+            None
+            if qk_norm_eps is None
+            else QKNorm(
+                ctx, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, eps=qk_norm_eps, axis=axis
+            )
+        )
         self.attention = PagedAttention(
             ctx,
             num_heads=num_heads,
@@ -148,13 +251,45 @@ class GQAAttention(Module):
             scale=head_dim**-0.5,
             axis=axis,
         )
-        self.o_proj = RowLinear(ctx, num_heads * head_dim, {"o_proj": hidden_size}, axis=axis, bias=out_bias)
+        self.o_proj = RowLinear(ctx, columns_out, {"o_proj": hidden_size}, axis=axis, bias=out_bias)
         self.kv_spec = KVSpec((("k", (num_kv_heads, head_dim)), ("v", (num_kv_heads, head_dim))))
+        self._weights_of_block = ops.GqaWeights(
+            qkv=self.qkv_proj.weight,
+            qkv_bias=self.qkv_proj.bias,
+            q_gain=None if self.qk_norm is None else self.qk_norm.q_weight,
+            k_gain=None if self.qk_norm is None else self.qk_norm.k_weight,
+            cos_sin=rotary.cos_sin,
+            out=self.o_proj.weight,
+            out_bias=self.o_proj.bias,
+        )
+        self._block = ops.gqa_block_decode(
+            ctx.target,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=ctx.block_size,
+        )
 
     def stages(self) -> Iterable[tuple[str, Module]]:
-        return (("qkv_proj", self.qkv_proj), ("attention", self.attention), ("o_proj", self.o_proj))
+        yield "qkv_proj", self.qkv_proj
+        if self.qk_norm is not None:
+            yield "qk_norm", self.qk_norm
+        yield "attention", self.attention
+        yield "o_proj", self.o_proj
 
     def forward(self, x: torch.Tensor, inputs: AttentionInput, kv: LayerKV) -> torch.Tensor:
-        """x [T, H] → [T, H]; `kv` is this layer's cache, written in place."""
-        out: torch.Tensor = self.o_proj(self.attention(self.qkv_proj(x), inputs, kv))
+        qkv = self.qkv_proj(x)
+        if self.qk_norm is not None:
+            qkv = self.qk_norm(qkv)
+        out: torch.Tensor = self.o_proj(self.attention(qkv, inputs, kv))
         return out
+
+    def decode(
+        self, x: torch.Tensor, norm: RMSNorm, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        eps = 0.0 if self.qk_norm is None else self.qk_norm.eps
+        (k_cache, v_cache), scale = kv, self.attention.scale
+        return self._block(
+            x, norm.edge(residual), self._weights_of_block, eps, k_cache, v_cache, inputs.cache_rows(), scale
+        )

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from tokenspeed.kernels import ops
-from tokenspeed.layers.module import BuildContext, Module, Piece
+from tokenspeed.layers.module import BuildContext, Module
+from tokenspeed.parallel.cost import Work
 from tokenspeed.parallel.placement import Boundary, Partial, Replicate, Shard
+from tokenspeed.parallel.shards import Piece
 
 VOCABULARY = "vocab"
 
@@ -21,11 +23,22 @@ class Embedding(Module):
         super().__init__()
         piece = Piece(ctx.name("weight"), (slice(None),))
         self.weight = self.declare(ctx, (vocab_size, hidden_size), [piece], Shard(VOCABULARY, 0))
+        self.row_bytes = hidden_size * ctx.dtype.itemsize
+        self._num_ranks = ctx.mesh.size(VOCABULARY)
+        self._first = ctx.mesh.coordinate(ctx.rank, VOCABULARY) * self.weight.shape[0]
         self._apply_embedding = ops.embedding(ctx.target)
+
+    def work(self, tokens: int) -> Work:
+        """A row a token, where it is at home."""
+        return Work(weight_bytes=tokens * self.row_bytes)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [T] → [T, H]."""
-        return self._apply_embedding(token_ids, self.weight)
+        if self._num_ranks == 1:
+            return self._apply_embedding(token_ids, self.weight)
+        here = token_ids - self._first
+        held = (here >= 0) & (here < self.weight.shape[0])
+        return self._apply_embedding(torch.where(held, here, 0), self.weight) * held.unsqueeze(-1)
 
 
 class LMHead(Module):
@@ -33,6 +46,7 @@ class LMHead(Module):
 
     boundary = Boundary(takes=Replicate(VOCABULARY), gives=Shard(VOCABULARY, -1))
     linear = True
+    sampled_only = True
 
     def __init__(self, ctx: BuildContext, vocab_size: int, hidden_size: int, *, tied: nn.Parameter | None) -> None:
         super().__init__()
@@ -41,8 +55,13 @@ class LMHead(Module):
             self.weight = self.declare(ctx, (vocab_size, hidden_size), [piece], Shard(VOCABULARY, 0))
         else:
             self.weight = tied
-        self._apply_linear = ops.linear(ctx.target)
+        self.row_bytes = vocab_size * torch.float32.itemsize
+        self._apply_lm_head = ops.lm_head(ctx.target)
+
+    def work(self, tokens: int) -> Work:
+        """The table is read as a whole, also where it is the embedding's."""
+        return Work(self.weight.numel() * self.weight.element_size(), 2.0 * self.weight.numel() * tokens)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [S, H] → [S, V] float32."""
-        return self._apply_linear(hidden, self.weight, None).float()
+        """hidden [S, H] → [S, V] float32, V the part of the vocabulary that this rank has."""
+        return self._apply_lm_head(hidden, self.weight)

@@ -37,6 +37,8 @@ class ForwardInput:
     query_start[r+1]; `kv_len` [R] int32: length of row r including this step's tokens;
     `block_table` [R, max_blocks] int32, entries past a row's length are undefined.
     `query_lens` and `kv_lens` are the same numbers on the host, as Python ints (upper bounds on a GPU).
+    `num_tokens` [1] int32: how many tokens of a captured decode step are none of its padding, which comes last;
+    None: all of them.
     """
 
     token_ids: torch.Tensor
@@ -49,3 +51,4 @@ class ForwardInput:
     query_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
     block_size: int
+    num_tokens: torch.Tensor | None = None

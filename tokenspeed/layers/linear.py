@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
 from tokenspeed.kernels import ops
-from tokenspeed.layers.module import BuildContext, Module, Piece
-from tokenspeed.parallel.placement import Boundary, Partial, Placement, Replicate, Shard
+from tokenspeed.layers.module import BuildContext, Module
+from tokenspeed.parallel.placement import Boundary, Partial, Replicate, Shard
+from tokenspeed.parallel.shards import Piece, Share
 
 
-def _stacked(ctx: BuildContext, rows: Mapping[str, int], kind: str) -> list[Piece]:
+def _stacked(ctx: BuildContext, rows: Mapping[str, int], kind: str, shared_by: Mapping[str, int]) -> list[Piece]:
     """The checkpoint tensors `name`.`kind` of several projections, one below the other."""
     pieces: list[Piece] = []
     start = 0
     for name, size in rows.items():
-        pieces.append(Piece(ctx.name(f"{name}.{kind}"), (slice(start, start + size),)))
+        at = (slice(start, start + size),)
+        pieces.append(Piece(ctx.name(f"{name}.{kind}"), at, shared_by=shared_by.get(name, 1)))
         start += size
     return pieces
 
@@ -29,14 +32,16 @@ class _Linear(Module):
         rows: Mapping[str, int],
         *,
         bias: bool,
-        weight_shard: Placement,
-        bias_shard: Placement,
+        weight_share: Share,
+        bias_share: Share,
+        shared_by: Mapping[str, int],
     ) -> None:
         super().__init__()
         total = sum(rows.values())
         self.linear = not bias
-        self.weight = self.declare(ctx, (total, columns), _stacked(ctx, rows, "weight"), weight_shard)
-        self.bias = self.declare(ctx, (total,), _stacked(ctx, rows, "bias"), bias_shard) if bias else None
+        weights, biases = (_stacked(ctx, rows, kind, shared_by) for kind in ("weight", "bias"))
+        self.weight = self.declare(ctx, (total, columns), weights, weight_share)
+        self.bias = self.declare(ctx, (total,), biases, bias_share) if bias else None
         self._apply_linear = ops.linear(ctx.target)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,17 +52,39 @@ class _Linear(Module):
 class ColumnLinear(_Linear):
     """y = x Wᵀ (+ b) with the rows of W over the ranks: every rank computes its own outputs.
 
-    `rows` names the projections of the checkpoint that are fused, in order, with their sizes.
+    `rows` names the projections of the checkpoint that are fused, in order, with their sizes over all ranks;
+    `shared_by` those of which so many neighbouring ranks have the same part.
     """
 
-    def __init__(self, ctx: BuildContext, columns: int, rows: Mapping[str, int], *, axis: str, bias: bool) -> None:
-        super().__init__(ctx, columns, rows, bias=bias, weight_shard=Shard(axis, 0), bias_shard=Shard(axis, 0))
+    def __init__(
+        self,
+        ctx: BuildContext,
+        columns: int,
+        rows: Mapping[str, int],
+        *,
+        axis: str,
+        bias: bool,
+        shared_by: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        cut = Shard(axis, 0)
+        super().__init__(ctx, columns, rows, bias=bias, weight_share=cut, bias_share=cut, shared_by=shared_by)
         self.boundary = Boundary(takes=Replicate(axis), gives=Shard(axis, -1))
 
 
-class RowLinear(_Linear):
-    """y = x Wᵀ (+ b) with the columns of W over the ranks: every rank computes a term of the sum."""
+class ReplicatedLinear(_Linear):
+    """y = x Wᵀ (+ b), the same on every rank: for projections too small to cut. `rows` as in `ColumnLinear`."""
 
     def __init__(self, ctx: BuildContext, columns: int, rows: Mapping[str, int], *, axis: str, bias: bool) -> None:
-        super().__init__(ctx, columns, rows, bias=bias, weight_shard=Shard(axis, 1), bias_shard=Replicate(axis))
+        whole = Replicate(axis)
+        super().__init__(ctx, columns, rows, bias=bias, weight_share=whole, bias_share=whole, shared_by={})
+        self.boundary = Boundary(takes=Replicate(axis), gives=Replicate(axis))
+
+
+class RowLinear(_Linear):
+    """y = x Wᵀ (+ b) with the columns of W over the ranks: every rank computes a term of the sum, the first one's has
+    the bias."""
+
+    def __init__(self, ctx: BuildContext, columns: int, rows: Mapping[str, int], *, axis: str, bias: bool) -> None:
+        cut, once = Shard(axis, 1), Partial(axis)
+        super().__init__(ctx, columns, rows, bias=bias, weight_share=cut, bias_share=once, shared_by={})
         self.boundary = Boundary(takes=Shard(axis, -1), gives=Partial(axis))

@@ -9,6 +9,7 @@ import torch
 from tokenspeed.kernels import ops
 from tokenspeed.layers.linear import ColumnLinear, RowLinear
 from tokenspeed.layers.module import BuildContext, Module
+from tokenspeed.layers.norm import RMSNorm
 from tokenspeed.parallel.placement import Boundary, Partial, Replicate, Shard
 
 
@@ -37,6 +38,7 @@ class GatedMLP(Module):
         self.gate_up_proj = ColumnLinear(ctx, hidden_size, rows, axis=axis, bias=bias)
         self.activation = SiluMul(ctx, axis=axis)
         self.down_proj = RowLinear(ctx, intermediate_size, {"down_proj": hidden_size}, axis=axis, bias=bias)
+        self.row_bytes = hidden_size * ctx.dtype.itemsize
 
     def stages(self) -> Iterable[tuple[str, Module]]:
         return (
@@ -49,3 +51,12 @@ class GatedMLP(Module):
         """[T, H] → [T, H]."""
         out: torch.Tensor = self.down_proj(self.activation(self.gate_up_proj(x)))
         return out
+
+    def decode(
+        self, x: torch.Tensor, norm: RMSNorm, residual: torch.Tensor | None, num_tokens: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A step of decode rows alone, from before the norm: x and residual [R, H] → (what the block adds,
+        x + residual). What rows from `num_tokens` on give is of no interest; here they cost nothing, as weights are
+        read once for all rows."""
+        x, residual = norm(x, residual)
+        return self(x), residual

@@ -12,7 +12,10 @@ from torch import nn
 from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.platform import Platform
-from tokenspeed.parallel.placement import Boundary, Mesh, Placement
+from tokenspeed.parallel.cost import Work
+from tokenspeed.parallel.mesh import Mesh
+from tokenspeed.parallel.placement import Boundary
+from tokenspeed.parallel.shards import Piece, Shape, Share, local
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class BuildContext:
 
     `target` is what the kernels are selected for; `max_positions` the longest sequence the engine will
     run, which sizes the rotary tables; `block_size` tokens a KV block; `prefix` the dotted name of the
-    checkpoint tensors of the module under construction.
+    checkpoint tensors of the module under construction; `rank` the rank of `mesh` that the model is built for.
     """
 
     device: torch.device
@@ -31,6 +34,7 @@ class BuildContext:
     max_positions: int
     block_size: int
     prefix: str = ""
+    rank: int = 0
 
     @classmethod
     def of(
@@ -41,6 +45,7 @@ class BuildContext:
         max_positions: int,
         block_size: int,
         mesh: Mesh | None = None,
+        rank: int = 0,
     ) -> BuildContext:
         """A context for `device`; without a mesh, for one rank."""
         return cls(
@@ -50,6 +55,7 @@ class BuildContext:
             mesh=Mesh.single() if mesh is None else mesh,
             max_positions=max_positions,
             block_size=block_size,
+            rank=rank,
         )
 
     def inside(self, name: str) -> BuildContext:
@@ -61,21 +67,19 @@ class BuildContext:
         return f"{self.prefix}.{name}" if self.prefix else name
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One checkpoint tensor and the part of a parameter that it fills: `parameter[at]` has its shape."""
-
-    source: str
-    at: tuple[slice | int, ...]
-
-
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A parameter, the checkpoint tensors that fill it together, and how each of them is cut over ranks."""
+    """A parameter as one rank holds it, the pieces of checkpoint tensors that fill it there, and the whole of which it
+    is the rank's share: its shape and pieces before it was cut, and how it was cut.
+
+    Without pieces the parameter stays as it was declared, zero: its value is another rank's to add.
+    """
 
     parameter: nn.Parameter
     pieces: tuple[Piece, ...]
-    shard: Placement
+    whole_shape: Shape
+    whole_pieces: tuple[Piece, ...]
+    shares: tuple[Share, ...]
 
 
 class Module(nn.Module):
@@ -83,11 +87,15 @@ class Module(nn.Module):
 
     A subclass declares its `boundary`, as a class attribute or in its constructor where the axis is an
     argument; says with `linear` whether it passes a sum through; and yields its parts from `stages` in
-    the order of the data flow. Nothing trains: parameters take no gradient.
+    the order of the data flow. A part of a model's stream says with `row_bytes` what one token of its output takes
+    over all its features, and with `sampled_only` that it is told of no tokens but those sampled from. Nothing trains:
+    parameters take no gradient.
     """
 
     boundary: Boundary | None = None
     linear: bool = False
+    row_bytes: int = 0
+    sampled_only: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,22 +105,44 @@ class Module(nn.Module):
         """The parts in the order of the data flow, each under its name."""
         return ()
 
+    def beside(self) -> Iterable[tuple[str, Module]]:
+        """Modules that take the same input, and whose outputs are added to this one's."""
+        return ()
+
+    def work(self, tokens: int) -> Work:
+        """What this rank does for `tokens` tokens: its weights read once, two operations for each of their numbers a
+        token, and what its parts do."""
+        numbers = sum(weight.parameter.numel() for weight in self._weights)
+        read = sum(weight.parameter.numel() * weight.parameter.element_size() for weight in self._weights)
+        return sum((part.work(tokens) for _, part in self.stages()), Work(read, 2.0 * numbers * tokens))
+
     def declare(
-        self, ctx: BuildContext, shape: tuple[int, ...], pieces: Iterable[Piece], shard: Placement
+        self,
+        ctx: BuildContext,
+        shape: Shape,
+        pieces: Iterable[Piece],
+        *shares: Share,
+        dtype: torch.dtype | None = None,
     ) -> nn.Parameter:
         """A new, uninitialised parameter that the checkpoint tensors of `pieces` fill together.
 
-        Raises `ConfigError` when there is no memory for it.
+        `shape` and `pieces` are those of the whole; `shares` say how its dimensions are cut over ranks, and the
+        parameter is what is left of it for the context's rank. `dtype` is the context's unless given.
+        Raises `ConfigError` for a dimension that cannot be cut so, or when there is no memory.
         """
+        dtype = ctx.dtype if dtype is None else dtype
+        whole_shape, whole_pieces = shape, tuple(pieces)
+        shape, kept = local(whole_shape, whole_pieces, shares, ctx.mesh, ctx.rank)
         try:
-            values = torch.empty(shape, dtype=ctx.dtype, device=ctx.device)
+            make = torch.empty if kept else torch.zeros
+            values = make(shape, dtype=dtype, device=ctx.device)
         except RuntimeError as error:
-            dtype = str(ctx.dtype).removeprefix("torch.")
+            name = str(dtype).removeprefix("torch.")
             raise ConfigError(
-                f"no memory for {ctx.prefix}: {list(shape)} of {dtype} on {ctx.device}, the model is too large"
+                f"no memory for {ctx.prefix}: {list(shape)} of {name} on {ctx.device}, the model is too large"
             ) from error
         parameter = nn.Parameter(values, requires_grad=False)
-        self._weights.append(Weight(parameter, tuple(pieces), shard))
+        self._weights.append(Weight(parameter, kept, whole_shape, whole_pieces, shares))
         return parameter
 
     def weights(self) -> Iterator[Weight]:

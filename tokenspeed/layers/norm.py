@@ -5,20 +5,30 @@ from __future__ import annotations
 import torch
 
 from tokenspeed.kernels import ops
-from tokenspeed.layers.module import BuildContext, Module, Piece
-from tokenspeed.parallel.placement import Boundary, Replicate
+from tokenspeed.layers.module import BuildContext, Module
+from tokenspeed.parallel.placement import AnyTokens, Boundary, Replicate
+from tokenspeed.parallel.shards import Piece
 
 
 class RMSNorm(Module):
-    """y = x / √(mean(x²) + eps) · weight (Zhang and Sennrich, 2019), the mean over the hidden size."""
+    """y = x / √(mean(x²) + eps) · weight (Zhang and Sennrich, 2019), the mean over the hidden size.
 
-    def __init__(self, ctx: BuildContext, hidden_size: int, eps: float, *, axis: str) -> None:
+    On the residual stream it has no `axis`: it works on each token by itself, so the compiler chooses where.
+    """
+
+    def __init__(self, ctx: BuildContext, hidden_size: int, eps: float, *, axis: str | None = None) -> None:
         super().__init__()
-        self.boundary = Boundary(takes=Replicate(axis), gives=Replicate(axis))
+        lies = AnyTokens() if axis is None else Replicate(axis)
+        self.boundary = Boundary(takes=lies, gives=lies)
+        self.row_bytes = hidden_size * ctx.dtype.itemsize
         self.eps = eps
-        self.weight = self.declare(ctx, (hidden_size,), [Piece(ctx.name("weight"), (slice(None),))], Replicate(axis))
+        self.weight = self.declare(ctx, (hidden_size,), [Piece(ctx.name("weight"), (slice(None),))], lies)
         self._apply_norm = ops.rms_norm(ctx.target)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, H], residual [T, H] or None → (norm(x + residual), x + residual)."""
         return self._apply_norm(x, self.weight, self.eps, residual)
+
+    def edge(self, residual: torch.Tensor | None) -> ops.Edge:
+        """This norm and the stream so far, for a block that begins with them."""
+        return ops.Edge(self.weight, self.eps, residual)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from reprlib import repr as _short
 from typing import Any
@@ -49,7 +49,46 @@ class DivisorScaling:
         return frequencies / torch.tensor(self.divisors, dtype=frequencies.dtype)
 
 
-RopeScaling = LinearScaling | Llama3Scaling | DivisorScaling
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN (Peng et al., 2023): wavelengths that turn less than `beta_slow` times in the original length are
+    divided by `factor`, those that turn more than `beta_fast` times kept, those between blended.
+
+    `magnitude` multiplies cosines and sines; `softmax_scale` multiplies the scale of the scores, where a model
+    asks for it (DeepSeek's mscale_all_dim).
+    """
+
+    theta: float
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    magnitude: float
+    softmax_scale: float
+
+    def apply(self, frequencies: torch.Tensor) -> torch.Tensor:
+        half = frequencies.shape[0]
+        low, high = self._index(half, self.beta_fast), self._index(half, self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        width = high - low if high > low else 0.001
+        stretched = ((torch.arange(half, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
+        return frequencies / self.factor * stretched + frequencies * (1 - stretched)
+
+    def _index(self, half: int, turns: float) -> float:
+        """The (real) index of the frequency that turns so many times in the original length."""
+        wavelength = self.original_max_positions / turns
+        return half * math.log(wavelength / (2 * math.pi)) / math.log(self.theta)
+
+
+def yarn_magnitude(factor: float, mscale: float) -> float:
+    """0.1 · mscale · ln(factor) + 1: what longer contexts ask of the size of the scores (Peng et al., 2023, eq. 22)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+RopeScaling = LinearScaling | Llama3Scaling | DivisorScaling | YarnScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +117,9 @@ class Rope:
             return float(value)  # type: ignore[arg-type]
 
         theta = positive("rope_theta", theta)
+        rotated = fields.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+        if rotated not in (None, 1):
+            raise CheckpointError(f"{file}: partial_rotary_factor {_short(rotated)} is not supported (whole heads)")
         if kind in ("default", "none"):
             return cls(theta, None)
         if kind == "linear":
@@ -104,8 +146,20 @@ class Rope:
                     original_max_positions=int(positive("rope_scaling.original_max_position_embeddings", original)),
                 ),
             )
-        supported = "default, linear, llama3"
+        if kind == "yarn":
+            return cls(theta, _yarn(fields, hf, theta, positive))
+        supported = "default, linear, llama3, yarn"
         raise CheckpointError(f"{file}: rope_scaling.rope_type {_short(kind)} is not supported ({supported})")
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return self.scaling.magnitude if isinstance(self.scaling, YarnScaling) else 1.0
+
+    @property
+    def softmax_scale(self) -> float:
+        """What a model with `mscale_all_dim` multiplies its scores by."""
+        return self.scaling.softmax_scale if isinstance(self.scaling, YarnScaling) else 1.0
 
     def frequencies(self, head_dim: int) -> torch.Tensor:
         """[D/2] float32, radians a position."""
@@ -114,13 +168,41 @@ class Rope:
         return frequencies if self.scaling is None else self.scaling.apply(frequencies)
 
 
-class RotaryTable:
-    """cos_sin [P, D] float32: row p holds cos(p θ_i), then sin(p θ_i), i < D/2. One table serves all layers.
+def _yarn(
+    fields: Mapping[str, Any], hf: Mapping[str, Any], theta: float, positive: Callable[[str, object], float]
+) -> YarnScaling:
+    original = fields.get("original_max_position_embeddings", hf.get("original_max_position_embeddings"))
+    factor = positive("rope_scaling.factor of yarn", fields.get("factor"))
+    # Files write 0 or null for "not asked for".
+    mscale, all_dim = (
+        positive(f"rope_scaling.{name}", fields[name]) if fields.get(name) else None
+        for name in ("mscale", "mscale_all_dim")
+    )
+    if fields.get("attention_factor") is not None:
+        magnitude = positive("rope_scaling.attention_factor", fields["attention_factor"])
+    elif mscale is not None and all_dim is not None:
+        magnitude = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dim)
+    else:
+        magnitude = yarn_magnitude(factor, 1.0)
+    return YarnScaling(
+        theta=theta,
+        factor=factor,
+        original_max_positions=int(positive("rope_scaling.original_max_position_embeddings", original)),
+        beta_fast=positive("rope_scaling.beta_fast", fields.get("beta_fast") or 32),
+        beta_slow=positive("rope_scaling.beta_slow", fields.get("beta_slow") or 1),
+        truncate=fields.get("truncate") is not False,
+        magnitude=magnitude,
+        softmax_scale=1.0 if all_dim is None else yarn_magnitude(factor, all_dim) ** 2,
+    )
 
-    Angles are products in float32, as the models were trained with them.
+
+class RotaryTable:
+    """cos_sin [P, D] float32: row p holds cos(p θ_i), then sin(p θ_i), i < D/2, each times the rope's magnitude.
+
+    One table serves all layers. Angles are products in float32, as the models were trained with them.
     """
 
     def __init__(self, rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> None:
         positions = torch.arange(max_positions, dtype=torch.float32)
         angles = torch.outer(positions, rope.frequencies(head_dim))
-        self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+        self.cos_sin = (torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.magnitude).to(device)

@@ -2,13 +2,14 @@
 
 A module is written as what one rank computes, and declares what enters and what leaves it. Names of axes
 belong to a `Mesh`, which says how each part of the model factors the ranks of one world. Nothing here
-knows torch; the compiler reads these declarations once, when a model is built.
+knows torch; the compiler reads these declarations when a model is built.
+
+The tensor between two modules is [tokens, features]. An axis that a declaration names is one of a part's axes;
+along the part's other axes every rank has tokens of its own.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass
 
 
@@ -35,7 +36,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """The tensor is the sum of what the ranks of `axis` hold. Only linear operations pass it on."""
+    """The tensor is the sum of what the ranks of `axis` hold. Only linear operations pass it on.
+
+    Of a weight: a term that may be added only once. The first rank of `axis` has it, the others have zeros.
+    """
 
     axis: str
 
@@ -53,7 +57,30 @@ class Varying:
         return f"Varying({self.axis})"
 
 
-Placement = Replicate | Shard | Partial | Varying
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Tokens with what each of them asks for: at most `fan_out` things, dealt over the ranks of `axis`.
+
+    Between the two modules tokens may be seen by every rank, or sent to those ranks alone that they ask.
+    """
+
+    axis: str
+    fan_out: int
+
+    def __str__(self) -> str:
+        return f"Routed({self.axis}, {self.fan_out})"
+
+
+@dataclass(frozen=True, slots=True)
+class AnyTokens:
+    """Whole tokens, wherever they lie: what works on each token by itself takes any layout that neither is a sum
+    nor cuts features, and gives the same. The compiler chooses it."""
+
+    def __str__(self) -> str:
+        return "AnyTokens"
+
+
+Placement = Replicate | Shard | Partial | Varying | Routed | AnyTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,59 +89,3 @@ class Boundary:
 
     takes: Placement
     gives: Placement
-
-
-@dataclass(frozen=True, slots=True)
-class Mesh:
-    """A world of ranks 0 … `world` − 1, factored by each part of a model in its own way.
-
-    `factorings` maps a part to its axes, outermost first, each a (name, size): for example
-    `("attention", (("attn_data", 2), ("attn", 4)))` on eight ranks. The name of an axis is unique in the
-    mesh. Whether a factoring fills the world is the compiler's to say, because it can name the modules.
-    """
-
-    world: int
-    factorings: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
-
-    @classmethod
-    def single(cls) -> Mesh:
-        """One rank: every axis that a model of this package names has size 1."""
-        return cls(
-            world=1,
-            factorings=(
-                ("attention", (("attn_data", 1), ("attn", 1))),
-                ("dense", (("dense_data", 1), ("dense", 1))),
-                ("vocabulary", (("vocab_data", 1), ("vocab", 1))),
-            ),
-        )
-
-    def factoring(self, axis: str) -> tuple[tuple[str, int], ...] | None:
-        """The axes of the part that `axis` belongs to, None if the mesh does not have it."""
-        for _, axes in self.factorings:
-            if any(name == axis for name, _ in axes):
-                return axes
-        return None
-
-    def size(self, axis: str) -> int:
-        """Ranks along `axis`; KeyError if the mesh does not have it."""
-        axes = self.factoring(axis)
-        if axes is None:
-            raise KeyError(axis)
-        return dict(axes)[axis]
-
-    def fills_world(self, axis: str) -> bool:
-        """True when the part that `axis` belongs to uses every rank exactly once."""
-        axes = self.factoring(axis)
-        return axes is not None and math.prod(size for _, size in axes) == self.world
-
-    def rank_sets(self, axis: str) -> tuple[tuple[int, ...], ...]:
-        """The sets of ranks that differ only along `axis`, row-major in the factoring's order."""
-        axes = self.factoring(axis)
-        if axes is None:
-            raise KeyError(axis)
-        sets: dict[tuple[int, ...], list[int]] = {}
-        where = [name for name, _ in axes].index(axis)
-        for rank, coordinates in enumerate(itertools.product(*(range(size) for _, size in axes))):
-            others = (*coordinates[:where], *coordinates[where + 1 :])
-            sets.setdefault(others, []).append(rank)
-        return tuple(tuple(ranks) for ranks in sets.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codecs import utf_8_decode
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -13,18 +13,31 @@ class Detokenizer:
 
     The deltas of `feed`, and of `flush` at the end, join to `tokenizer.decode` of all the ids, however the
     ids are cut. Bytes that cannot become a character are U+FFFD as soon as that is certain.
-    `continues`: the tokens continue a text rather than begin one, so a leading space is theirs.
+    `shown_ids` are special tokens that `skip_special_tokens` does not hide. `continues`: the tokens
+    continue a text rather than begin one, so a leading space is theirs.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continues: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        shown_ids: Collection[int] = (),
+        continues: bool = False,
+    ) -> None:
         self._table = tokenizer.table
-        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._texts = tokenizer.texts
+        self._hidden = tokenizer.special_ids.difference(shown_ids) if skip_special_tokens else frozenset()
         self._strips = tokenizer.strips_leading_space and not continues
         self._rest = b""
 
-    def feed(self, ids: Iterable[int]) -> str:
+    def feed(self, ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty while a character is incomplete."""
         table, hidden = self._table, self._hidden
+        if len(ids) == 1 and not self._rest and not self._strips and ids[0] not in hidden:
+            text = self._texts[ids[0]]
+            if text is not None:
+                return text
         data = b"".join([self._rest, *[table[token_id] for token_id in ids if token_id not in hidden]])
         text, used = utf_8_decode(data, "replace", False)
         self._rest = data[used:]

@@ -82,10 +82,11 @@ def _described(path: Path, gguf: bool) -> _Described:
 def _tokenizer_file(path: Path, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer in a folder, or in one file of a folder."""
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+        names = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
+        found = [path / name for name in names if (path / name).is_file()]
         found += sorted(path.glob("*.tiktoken"))
         if not found:
-            raise CheckpointError(f"{path}: no tokenizer.json, tokenizer.model or *.tiktoken")
+            raise CheckpointError(f"{path}: no {', '.join(names)} or *.tiktoken")
         path = found[0]
     if path.suffix == ".json":
         return LibraryTokenizer.from_file(path, config)

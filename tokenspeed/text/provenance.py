@@ -15,6 +15,8 @@ from typing import Any, SupportsIndex
 
 from markupsafe import Markup
 
+from tokenspeed.text.written import WrittenArray, WrittenObject
+
 TEMPLATE, REQUEST, MARK = b"\0", b"\1", b"\2"
 """One byte a character. MARK is request text too; it shows where a message that is to be continued ends."""
 
@@ -328,13 +330,18 @@ def _dotted(precision: str | None) -> str:
 
 
 def converted(value: Any, wrap: Callable[[str], Text] = from_request) -> Any:
-    """JSON-like data with every string, keys too, made a `Text`. Raises `TypeError` for anything else."""
+    """JSON-like data with every string, keys too, made a `Text`; one that is keeps its origin.
+
+    Raises `TypeError` for anything else.
+    """
     if isinstance(value, str):
-        return wrap(value)
+        return value if isinstance(value, Text) else wrap(value)
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    if isinstance(value, (dict, Mapping)):
-        return {converted(key, wrap): converted(item, wrap) for key, item in value.items()}
+    if isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101  (asking an ABC first costs more)
+        members = {converted(key, wrap): converted(item, wrap) for key, item in value.items()}
+        return WrittenObject(members, value.written_as) if isinstance(value, WrittenObject) else members
     if isinstance(value, (list, tuple)):
-        return [converted(item, wrap) for item in value]
+        items = [converted(item, wrap) for item in value]
+        return WrittenArray(items, value.written_as) if isinstance(value, WrittenArray) else items
     raise TypeError(f"a template cannot be given a {type(value).__name__}")

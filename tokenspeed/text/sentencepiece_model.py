@@ -48,6 +48,7 @@ class SentencePieceTokenizer(Tokenizer):
             **{pieces[index]: index for index, kind in types.items() if not _is_blank(kind, pieces[index])},
             **{content: token_id for token_id, (content, _) in added.items()},
         }
+        self.cut_ids = frozenset(self.control.values()) - {index for index, kind in types.items() if kind == UNKNOWN}
         shown = {token_id for token_id, (_, special) in added.items() if not special}
         defined = {index for index, kind in types.items() if kind == USER_DEFINED and index not in added}
         self.special_ids = frozenset(self.control.values()) - shown - defined

@@ -31,3 +31,11 @@ def template_runs(spans: Iterable[Span]) -> Iterator[tuple[int, int]]:
             end += len(span.text)
     if start < end:
         yield start, end
+
+
+def template_end(spans: Iterable[Span]) -> str:
+    """What the template wrote after the last text of the request: how it begins the answer."""
+    end = ""
+    for span in spans:
+        end = "" if span.from_request and span.text else end + ("" if span.from_request else span.text)
+    return end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import msgspec
@@ -90,7 +90,12 @@ class OutputText:
         if eos_token_ids is None:
             eos_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self._ending_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, continues=continues)
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            shown_ids=params.shown_special_ids,
+            continues=continues,
+        )
         self._stops = stop_strings(params.stop)
         self._min_tokens = params.min_tokens
         self._shows_stop = params.include_stop_str_in_output
@@ -99,12 +104,15 @@ class OutputText:
         self._num_tokens = 0
         self._stop: str | None = None
 
-    def feed(self, token_ids: Iterable[int], finished: bool = False) -> TextDelta:
+    def feed(self, token_ids: Sequence[int], finished: bool = False) -> TextDelta:
         """Add tokens. With `finished` these were the last and held-back text is let go.
 
         A stop token or end-of-sequence that is the last token of all counts, but its text is dropped,
         unless `include_stop_str_in_output`.
         """
+        if not finished and not self._stops.first:  # nearly every token
+            self._num_tokens += len(token_ids)
+            return TextDelta(self._detokenizer.feed(token_ids), self._num_tokens, None)
         if self._stop is not None:
             return TextDelta("", self._num_tokens, self._stop)
         ids = list(token_ids)

@@ -1,4 +1,4 @@
-"""tiktoken rank files (`*.tiktoken`, and tokenizer.model of Llama 3): one "base64 rank" a line.
+"""tiktoken rank files (`*.tiktoken`, tiktoken.model of Kimi, tokenizer.model of Llama 3): one "base64 rank" a line.
 
 Such a file says nothing about how text is cut into words, nor which tokens are special: both come from
 tokenizer_config.json, the cut by its `pat_str`, or by the tokenizer class where its expression is known.
@@ -25,10 +25,21 @@ GPT4 = (
 )
 QWEN = GPT4.replace(r"\p{N}{1,3}", r"\p{N}")
 
+
+def _kimi() -> str:
+    """Kimi's cut: Han characters by themselves, other words where small letters end, with their contraction."""
+    other = r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
+    large, small = rf"[\p{{Lu}}\p{{Lt}}{other}]", rf"[\p{{Ll}}{other}]"
+    before, after = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    words = (f"{before}{large}*{small}+{after}", f"{before}{large}+{small}*{after}")
+    return "|".join((r"\p{Han}+", *words, r"\p{N}{1,3}", GPT4[GPT4.index(r" ?[^\s") :]))
+
+
 PATTERNS: dict[str, str] = {
     "PreTrainedTokenizerFast": GPT4,
     "LlamaTokenizer": GPT4,
     "QWenTokenizer": QWEN,
+    "TikTokenTokenizer": _kimi(),
 }
 """Splitting expressions by `tokenizer_class`. A family with its own expression adds a line here."""
 
@@ -71,6 +82,7 @@ class TiktokenTokenizer(Tokenizer):
         except (ValueError, AssertionError) as error:
             raise CheckpointError(f"{name}: {error}") from error
         self.control = control
+        self.cut_ids = frozenset(control.values())
         decoder = config.get("added_tokens_decoder") or {}
         shown = {int(token_id) for token_id, entry in decoder.items() if not entry.get("special", False)}
         self.special_ids = frozenset(control.values()) - shown

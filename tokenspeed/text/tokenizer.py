@@ -7,11 +7,13 @@ that the checkpoint puts around a prompt).
 
 from __future__ import annotations
 
+import contextlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from tokenspeed.errors import InvalidRequest
 from tokenspeed.text.spans import Span, template_runs
@@ -24,6 +26,18 @@ class Match:
     start: int
     end: int
     token_id: int
+
+
+class Segment(NamedTuple):
+    """A part of a prompt whose token ids do not depend on the rest of it.
+
+    It begins with the spelling `control` of a control token, "" only where a prompt begins with other text. `inner`
+    are the control tokens behind that one before which no cut is possible.
+    """
+
+    text: str
+    control: str
+    inner: tuple[Match, ...] = ()
 
 
 class ControlFinder:
@@ -89,6 +103,21 @@ class TokenTable(dict[int, bytes]):
         return data
 
 
+class TextTable(dict[int, str | None]):
+    """The text of each token that is one by itself, None for parts of characters; computed when first asked for."""
+
+    def __init__(self, table: TokenTable) -> None:
+        super().__init__()
+        self._table = table
+
+    def __missing__(self, token_id: int) -> str | None:
+        text: str | None = None
+        with contextlib.suppress(UnicodeDecodeError):
+            text = self._table[token_id].decode()
+        self[token_id] = text
+        return text
+
+
 class Tokenizer(ABC):
     """Text to token ids and back. Safe to use from several threads at once.
 
@@ -97,6 +126,8 @@ class Tokenizer(ABC):
     in template text to its id: the special ones, and those like `</think>` that are shown but not typed.
     `strips_leading_space`: one space at the very start of decoded text was put there by encoding
     (sentencepiece's rule). `prefix_ids` and `suffix_ids` are what the checkpoint puts around a prompt.
+    `cut_ids` are the control tokens that no ordinary text becomes and that take nothing from the text before them:
+    what stands before one and what begins with it are encoded apart with the same result.
     """
 
     vocab_size: int
@@ -104,6 +135,7 @@ class Tokenizer(ABC):
     eos_token_id: int | None
     special_ids: frozenset[int]
     control: Mapping[str, int]
+    cut_ids: frozenset[int]
     strips_leading_space: bool = False
     prefix_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
@@ -117,6 +149,11 @@ class Tokenizer(ABC):
         too. Raises `InvalidRequest` for a negative id.
         """
         return TokenTable(self.vocab_size, self._token_bytes)
+
+    @cached_property
+    def texts(self) -> TextTable:
+        """The text of every token that is whole characters, by id."""
+        return TextTable(self.table)
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids of a text. `parse_special` recognises control tokens in it: never for a request's text.
@@ -133,9 +170,40 @@ class Tokenizer(ABC):
         Ordinary text is encoded across the borders of spans: as long as no request text spells a control
         token, the ids equal those of the whole string with `parse_special`. No prefix or suffix is added.
         """
+        return self._encode(*self._matched(spans))
+
+    def segments(self, spans: Sequence[Span]) -> list[Segment]:
+        """A rendered prompt in the parts that can be encoded one by one: see `encode_segments`."""
+        text, matches = self._matched(spans)
+        segments: list[Segment] = []
+        start, control = 0, ""
+        inner: list[Match] = []
+        for match in matches:
+            if match.token_id not in self.cut_ids:
+                inner.append(Match(match.start - start, match.end - start, match.token_id))
+                continue
+            if match.start:
+                segments.append(Segment(text[start : match.start], control, tuple(inner)))
+                inner.clear()
+            start, control = match.start, text[match.start : match.end]
+        if start < len(text):
+            segments.append(Segment(text[start:], control, tuple(inner)))
+        return segments
+
+    def encode_segments(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Token ids of each segment: those of a prompt's segments join to what `encode_spans` gives for it."""
+        return self._encode_each([(segment.text, self._matches_in(segment)) for segment in segments])
+
+    def _matched(self, spans: Sequence[Span]) -> tuple[str, list[Match]]:
         text = _checked("".join([span.text for span in spans]))
-        matches = [match for start, end in template_runs(spans) for match in self._finder.find(text, start, end)]
-        return self._encode(text, matches)
+        return text, [match for start, end in template_runs(spans) for match in self._finder.find(text, start, end)]
+
+    def _matches_in(self, segment: Segment) -> list[Match]:
+        first = [Match(0, len(segment.control), self.control[segment.control])] if segment.control else []
+        return [*first, *segment.inner]
+
+    def _encode_each(self, parts: list[tuple[str, list[Match]]]) -> list[list[int]]:
+        return [self._encode(text, matches) for text, matches in parts]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of the ids. Bytes that are no UTF-8 become U+FFFD, one for each maximal invalid part."""

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# On a GPU host: build, check the executor and its kernels there, then measure. usage: [PYTHON=python3] scripts/bench_gpu.sh [PART...]
+#   check    tests of the executor, the sampler, whole models, and the numerics suite on the GPU
+#   kernels  what is registered and chosen, numerics as a table, kernels alone against the limits, measured selection
+#   llama    decode rates of Llama-8B's shape, random weights
+#   v2l      decode rates of V2L's shape (DeepSeek-V2-Lite), random weights
+#   start    V2L's shape from a checkpoint of 31 GB: the first start and a second one; needs 35 GB of disk
+#   agentic  first tokens of cold prompts, then turns of 1 to 12 sessions (from the same checkpoint if `start` ran)
+# Without a part: all. BANDWIDTH: bytes a second of a read-only stream on this GPU, for the limits. PROFILE=FILE: kernels, three steps and the loop's
+# thread of every decode row, into that file. Peers are as measured on an H100 80 GB.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python} bandwidth=${BANDWIDTH:-3150e9}
+parts=" ${*:-check kernels llama v2l start agentic} "
+"$python" setup.py -q build_ext --inplace
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+wanted() { [[ $parts == *" $1 "* ]] && echo "== $1"; }
+decode() { # decode SHAPE FLAGS...
+    "$python" scripts/make_checkpoint.py "$1" "$folder/$1-config" --config-only
+    "$python" -m tokenspeed.bench decode --model "$folder/$1-config" --load-format dummy --bandwidth "$bandwidth" \
+        ${PROFILE:+--profile "$PROFILE"} "${@:2}"
+}
+ready() { # seconds from the command to a server that is ready; SIGTERM ends it
+    local begun=$EPOCHREALTIME
+    "$python" -m tokenspeed.entrypoints.api --model "$1" --port 8399 & local server=$!
+    until curl -sf http://127.0.0.1:8399/ready > /dev/null; do
+        kill -0 "$server" || return 1
+        sleep 0.1
+    done
+    curl -sf http://127.0.0.1:8399/health_generate > /dev/null
+    echo "first token $(awk "BEGIN { print $EPOCHREALTIME - $begun }") s after the command"
+    nvidia-smi --query-gpu=memory.used,memory.total --format=csv,noheader
+    "$python" - <<'PYTHON'
+import asyncio, openai, time
+
+async def stream(client, number):
+    asked = [{"role": "user", "content": f"Stream {number}: tell a long story."}]
+    chunks = await client.chat.completions.create(
+        model=(await client.models.list()).data[0].id, messages=asked, stream=True, max_tokens=200,
+        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    )
+    return [chunk.usage async for chunk in chunks][-1].completion_tokens
+
+async def main():
+    async with openai.AsyncOpenAI(base_url="http://127.0.0.1:8399/v1", api_key="none") as client:
+        start = time.perf_counter()
+        counts = await asyncio.gather(*(stream(client, number) for number in range(8)))
+        print("8 streams of the openai client:", counts, f"{sum(counts) / (time.perf_counter() - start):.0f} tok/s")
+
+asyncio.run(main())
+PYTHON
+    kill "$server" && wait "$server"
+}
+
+if wanted check; then
+    "$python" -m pytest -q -p no:cacheprovider tests/executor/test_on_gpu.py tests/executor/test_device_sampler.py \
+        tests/e2e/test_same_tokens.py tests/e2e/test_sampling.py --durations=5
+    time "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_numerics.py -k cuda
+fi
+if wanted kernels; then
+    kernels() { "$python" -m tokenspeed.kernels "$@"; }
+    kernels list
+    kernels explain mla_decode --device cuda
+    time kernels numerics --device cuda
+    kernels bench mla_decode rows=1,8 context=1024,50000 --device cuda
+    kernels bench moe_experts tokens=1,8 --device cuda
+    kernels bench linear tokens=1,8,128 --device cuda
+    kernels bench lm_head rows=1,8,128 --device cuda
+    TOKENSPEED_KERNELS_CACHE="$folder/winners" kernels tune mla_decode --device cuda
+fi
+if wanted llama; then
+    # A step reads every weight but the embedding's table, and K and V of 32 layers × 8 heads × 128 for each token.
+    decode llama-8b --shape 1x1024 8x1024 32x1024 128x1024 --peer 150 1151 3860 9108 \
+        --weight-bytes 15.01e9 --kv-bytes 131072
+fi
+if wanted v2l; then
+    # Of 64 experts a layer's tokens choose 6, 34.9, 61.3 and 64 (expected of an even choice at 1, 8, 32 and 128).
+    decode v2l --shape 1x1024 8x1024 32x1024 128x1024 1x50000 8x50000 --num-tokens 100 \
+        --peer 250 933 2474 8272 204 625 --kv-bytes 31104 \
+        --weight-bytes 4.908e9 17.9e9 29.8e9 31.0e9 4.908e9 17.9e9
+fi
+model=(--model "$folder/v2l-config" --load-format dummy)
+if wanted start; then
+    time "$python" scripts/make_checkpoint.py v2l "$folder/v2l"
+    ready "$folder/v2l"
+    ready "$folder/v2l"
+    model=(--model "$folder/v2l")
+fi
+if wanted agentic; then
+    "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only
+    agentic() { "$python" -m tokenspeed.bench agentic "${model[@]}" "$@"; }
+    agentic --first 1024 --output 1 --turns 1 --concurrency 1 --repeats 5
+    agentic --output 1 --turns 2 --concurrency 1 --repeats 3
+    agentic --concurrency 1 2 4 8 12 --peer-user 200 149 97 61 45 --peer-output 169 251 331 411 449
+fi

@@ -1,0 +1,1 @@
+"""The control plane under recorded agent sessions, on a virtual clock, without a device."""
