@@ -37,6 +37,9 @@ for format in hermes qwen3_coder deepseek_v3 deepseek_v31 kimi_k2 llama3_json; d
     "$python" -m tests.scripted.features "$format"
 done
 
+echo "== random texts that nobody has drawn before"
+for _ in 1 2 3; do "$python" -m pytest -q --hypothesis-profile=fresh tests/text tests/core/test_door_hostile.py; done
+
 echo "== the embedded model against transformers"
 "$python" -m pytest -q tests/long
 

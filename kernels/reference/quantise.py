@@ -19,7 +19,9 @@ def bind(target: Target, traits: Traits) -> Kernel:
         tokens, size = x.shape
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         blocks = functional.pad(wide, (0, -size % block)).view(tokens, -1, block)
-        scales = (blocks.abs().amax(2) / largest).float()
+        peaks = blocks.abs().amax(2)
+        # By a tensor: on a GPU, torch divides by a plain number as a product with its inverse, one bit off.
+        scales = (peaks / torch.full_like(peaks, largest)).float()
         divisors = torch.where(scales > 0, scales, 1).unsqueeze(2)
         numbers = (blocks / divisors).clamp(-largest, largest).flatten(1)[:, :size]
         if form == "fp8":

@@ -1,0 +1,12 @@
+"""Random tests draw the same examples in every run, so that a change is judged by itself and not by luck.
+
+`pytest --hypothesis-profile=fresh` draws new ones (scripts/test_long.sh does); what it finds becomes an example here.
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True)
+settings.register_profile("fresh", derandomize=False)
+settings.load_profile("same")
