@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,9 +82,21 @@ class ControlFinder:
         return None
 
 
+WORD_CATEGORIES = frozenset(("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"))
+# What is alphabetic though its category says symbol, and the two joiners.
+WORD_SYMBOLS = re.compile("[Ⓐ-ⓩ\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189\u200c\u200d]")
+
+
 def _inside_word(text: str, start: int, end: int) -> bool:
-    before, after = text[start - 1 : start], text[end : end + 1]
-    return bool(re.match(r"\w", before) or re.match(r"\w", after))
+    return _of_word(text[start - 1 : start]) or _of_word(text[end : end + 1])
+
+
+def _of_word(character: str) -> bool:
+    r"""Whether a character, if there is one, is part of a word as annex C of Unicode's UTS #18 has it. Python's own \w
+    takes other numbers for it (¹) and leaves combining marks out."""
+    if not character:
+        return False
+    return unicodedata.category(character) in WORD_CATEGORIES or WORD_SYMBOLS.match(character) is not None
 
 
 class TokenTable(dict[int, bytes]):
