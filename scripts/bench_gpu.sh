@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a GPU host: build, check the executor and its kernels there, then measure. usage: [PYTHON=python3] scripts/bench_gpu.sh [PART...]
 #   check    tests of the executor, the sampler, whole models, and the numerics suite on the GPU
+#   sanitize compute-sanitizer's memcheck over the fused kernels
 #   kernels  what is registered and chosen, numerics as a table, kernels alone against the limits, measured selection
 #   llama    decode rates of Llama-8B's shape, random weights
 #   v2l      decode rates of V2L's shape (DeepSeek-V2-Lite), random weights
@@ -11,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} bandwidth=${BANDWIDTH:-3150e9}
-parts=" ${*:-check kernels llama v2l start agentic} "
+parts=" ${*:-check sanitize kernels llama v2l start agentic} "
 "$python" setup.py -q build_ext --inplace
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 folder=$(mktemp -d)
@@ -60,6 +61,13 @@ if wanted check; then
         tests/e2e/test_same_tokens.py tests/e2e/test_sampling.py --durations=5
     time "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_numerics.py -k cuda
 fi
+if wanted sanitize; then
+    # Some cases of the fused kernels, twice: the first run compiles, which under the sanitizer takes minutes.
+    cases=(-q -p no:cacheprovider tests/kernels/test_numerics.py
+        -k "cuda and bfloat16 and (triton or hopper) and (mla_block_decode or moe_block_decode or mla_decode or lm_head)")
+    "$python" -m pytest "${cases[@]}"
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest "${cases[@]}"
+fi
 if wanted kernels; then
     kernels() { "$python" -m tokenspeed.kernels "$@"; }
     kernels list
@@ -77,10 +85,14 @@ if wanted llama; then
         --weight-bytes 15.01e9 --kv-bytes 131072
 fi
 if wanted v2l; then
-    # Of 64 experts a layer's tokens choose 6, 34.9, 61.3 and 64 (expected of an even choice at 1, 8, 32 and 128).
-    decode v2l --shape 1x1024 8x1024 32x1024 128x1024 1x50000 8x50000 --num-tokens 100 \
-        --peer 250 933 2474 8272 204 625 --kv-bytes 31104 \
-        --weight-bytes 4.908e9 17.9e9 29.8e9 31.0e9 4.908e9 17.9e9
+    # Of 64 experts a layer's tokens choose 64 (1 − (58/64)^n) in expectation: 6, 11.4, 20.8, 34.9, 50.8, 61.3, 63.9, 64
+    # at 1, 2, 4 … 128 tokens, 58 at 24; each takes 0.45 GB over the layers.
+    decode v2l --num-tokens 100 --kv-bytes 31104 \
+        --shape 1x1024 2x1024 4x1024 8x1024 16x1024 32x1024 64x1024 128x1024 \
+        1x50000 2x50000 4x50000 8x50000 16x50000 24x50000 \
+        --peer 250 0 0 933 0 2474 0 8272 204 0 0 625 0 0 \
+        --weight-bytes 4.91e9 7.35e9 11.58e9 17.9e9 25.04e9 29.77e9 30.95e9 31.0e9 \
+        4.91e9 7.35e9 11.58e9 17.9e9 25.04e9 28.29e9
 fi
 model=(--model "$folder/v2l-config" --load-format dummy)
 if wanted start; then

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import families
 from tests.toy import toy_llama
 from tokenspeed.bench import decode
 from tokenspeed.executor import kernel_times
@@ -57,3 +58,18 @@ def test_every_shape_gets_a_row(
     rate = float(first.split("**")[1].replace(",", ""))
     assert float(first.split("|")[-2]) == pytest.approx(2 * rate, abs=1.01)
     assert second.split("|")[-2].strip() == "–"
+    # A llama has no experts; three rows of 48 to 50 tokens lie in as many blocks of 64 and, being written, no more.
+    assert [cell.strip() for cell in second.split("|")[-5:-3]] == ["–", "3"]
+
+
+def test_the_experts_that_a_step_reads_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 8 experts, one token chooses 3; four tokens choose between 3 and 8 of them."""
+    monkeypatch.setenv("TOKENSPEED_DEVICE", "cpu")
+    families.write(tmp_path, "deepseek-v2-lite")
+    asked = options("--model", str(tmp_path), "--shape", "1x20", "4x20", "--num-tokens", "10")
+    assert decode.main(asked) == 0
+    one, four = [line.split("|")[-5] for line in capsys.readouterr().out.splitlines() if " × " in line][1:]
+    assert one.strip() == "3.0 (3–3)"
+    assert 3.0 <= float(four.split()[0]) <= 8.0 and four.strip() != one.strip()

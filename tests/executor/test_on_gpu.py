@@ -159,50 +159,82 @@ def test_launch_waits_for_nothing_and_the_event_loop_stays_free(tmp_path: Path) 
     executor.close()
 
 
-def test_a_whole_model_in_bfloat16_is_close_to_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A wider toy with heads of 64, every position of one long prompt, against transformers in float32 and bfloat16."""
-    reference = toy_llama(
-        tmp_path, hidden_size=1024, intermediate_size=2048, num_attention_heads=16, num_key_value_heads=4, head_dim=64,
-        num_hidden_layers=4, initializer_range=0.05,
-    ).to(GPU)  # fmt: skip
-    model, _ = model_of(tmp_path, torch.bfloat16)
-    draw = random.Random(1)
-    length = 700
-    ids = torch.tensor([draw.randrange(VOCAB_SIZE) for _ in range(length)], device=GPU)
-    blocks = -(-length // 16)
-    table = torch.randperm(blocks, device=GPU).int()[None]
-    positions = torch.arange(length, device=GPU)
+def whole_logits(model: CausalLM, ids: torch.Tensor, block_size: int, num_decoded: int) -> torch.Tensor:
+    """Logits of every position of one sequence, over blocks in random order, the last `num_decoded` one at a time."""
+    length = len(ids)
+    table = torch.randperm(-(-length // block_size), device=GPU).int()[None]
     empty = {"fill_value": torch.nan, "dtype": torch.bfloat16, "device": GPU}
-    kv = [tuple(torch.full((blocks, 16, *shape), **empty) for _, shape in spec.tensors) for spec in model.kv_spec]
-    inputs = ForwardInput(
-        token_ids=ids,
-        positions=positions,
-        kv_slots=table[0].long()[positions // 16] * 16 + positions % 16,
-        query_start=torch.tensor([0, length], dtype=torch.int32, device=GPU),
-        kv_len=torch.tensor([length], dtype=torch.int32, device=GPU),
-        block_table=table,
-        num_decode=0,
-        query_lens=(length,),
-        kv_lens=(length,),
-        block_size=16,
-    )
+    kv = [
+        tuple(torch.full((table.shape[1], block_size, *shape), **empty) for _, shape in spec.tensors)
+        for spec in model.kv_spec
+    ]
+
+    def forward(start: int, end: int) -> torch.Tensor:
+        positions = torch.arange(start, end, device=GPU)
+        inputs = ForwardInput(
+            token_ids=ids[start:end],
+            positions=positions,
+            kv_slots=table[0].long()[positions // block_size] * block_size + positions % block_size,
+            query_start=torch.tensor([0, end - start], dtype=torch.int32, device=GPU),
+            kv_len=torch.tensor([end], dtype=torch.int32, device=GPU),
+            block_table=table,
+            num_decode=int(end - start == 1),
+            query_lens=(end - start,),
+            kv_lens=(end,),
+            block_size=block_size,
+        )
+        return model.logits(model.forward(inputs, kv))
+
+    prompt = length - num_decoded
+    return torch.cat([forward(0, prompt), *(forward(at, at + 1) for at in range(prompt, length))])
+
+
+WIDE_LLAMA = {
+    "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+    "num_hidden_layers": 4, "initializer_range": 0.05,
+}  # fmt: skip
+WIDE_LATENT = LATENT | {"hidden_size": 1024, "intermediate_size": 2048, "initializer_range": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("family", "heads"), [("llama", 16), ("deepseek-v2-lite", 16), ("deepseek-v3", 16), ("deepseek-v3", 128)]
+)
+def test_a_whole_model_in_bfloat16_is_close_to_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, heads: int
+) -> None:
+    """A wider toy, every position of one sequence, against transformers in float32 and bfloat16.
+
+    Experts are where bfloat16 is felt: a score rounded differently is another expert, in `transformers` as here.
+    """
+    if family == "llama":
+        reference, limits = toy_llama(tmp_path, **WIDE_LLAMA), LIMITS
+    else:
+        changes = WIDE_LATENT | {"num_attention_heads": heads, "num_key_value_heads": heads}
+        reference, limits = families.write(tmp_path, family, **changes), LATENT_LIMITS
+    reference = reference.to(GPU)
+    model, _ = model_of(tmp_path, torch.bfloat16, limits)
+    draw = random.Random(1)
+    ids = torch.tensor([draw.randrange(VOCAB_SIZE) for _ in range(700)], device=GPU)
     with torch.inference_mode():
         exact = reference(ids[None]).logits[0]
         theirs = reference.to(torch.bfloat16)(ids[None]).logits[0].float()
-        ours = model.logits(model.forward(inputs, kv))
+        ours = whole_logits(model, ids, limits.block_size, 100)
 
-    def error(logits: torch.Tensor) -> float:
-        return float((logits - exact).norm() / exact.norm())
+    def error(logits: torch.Tensor, rows: slice) -> float:
+        return float((logits[rows] - exact[rows]).norm() / exact[rows].norm())
 
     def agreement(logits: torch.Tensor) -> float:
         return float((logits.argmax(1) == exact.argmax(1)).float().mean())
 
+    prompt, decoded = slice(600), slice(600, None)
     with capsys.disabled():
         print(
-            f"\nbfloat16 logits against float32: ours {error(ours):.2e}, transformers {error(theirs):.2e}; "
-            f"the same best token at {agreement(ours):.1%} and {agreement(theirs):.1%} of positions"
+            f"\n{family}, {heads} heads, bfloat16 logits against float32: ours {error(ours, prompt):.2e} in a prompt "
+            f"and {error(ours, decoded):.2e} decoded, transformers {error(theirs, prompt):.2e} and "
+            f"{error(theirs, decoded):.2e}; the same best token at {agreement(ours):.1%} and {agreement(theirs):.1%}"
         )
-    assert error(ours) < 1.2 * error(theirs)
+    for rows in (prompt, decoded):
+        assert error(ours, rows) < 1.2 * error(theirs, rows)
     assert agreement(ours) > agreement(theirs) - 0.02
 
 

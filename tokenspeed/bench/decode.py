@@ -4,7 +4,8 @@ For each shape so many streams decode at once, each behind its own random prompt
 Measured is the time in which all of them decode, in slices: tokens over seconds, what the device did, how long
 it had nothing to do between two steps, and the host's time for a step. "first" is the time from asking for all
 streams at once to the first token of the last one. With `--profile` every shape decodes some more steps: under torch's
-profiler, which says what each kernel took, and under Python's, which says what the loop's thread did.
+profiler, which says what each kernel took, and under Python's, which says what the loop's thread did. "experts" are the
+distinct ones of a layer that one such step's tokens chose, "blocks" those of the cache that its rows read.
 """
 
 from __future__ import annotations
@@ -43,6 +44,19 @@ WARM_TOKENS = 8
 
 PROFILED_STEPS = 20
 """Steps under each of the two profilers."""
+
+COUNTED_STEPS = 6
+"""Steps that are left for the one in which experts are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A shape: seconds to the last stream's first token, slices, distinct experts of a layer as text, blocks read."""
+
+    first: float
+    slices: list[Slice]
+    experts: str
+    blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +128,13 @@ class Streams:
         self._changed = asyncio.Event()
         self._running = asyncio.create_task(self._loop.run())
 
-    async def measure(
-        self, batch: int, context: int, num_tokens: int, profile: Path | None
-    ) -> tuple[float, list[Slice]]:
+    async def measure(self, batch: int, context: int, num_tokens: int, profile: Path | None) -> Measured:
         """Decode `num_tokens` of each of `batch` streams behind prompts of `context` tokens.
 
-        Seconds to the last stream's first token, and the slices. What `profile` says is added to that file.
+        What `profile` says is added to that file.
         """
         start = time.perf_counter()
-        more = 0 if profile is None else 4 * PROFILED_STEPS
+        more = COUNTED_STEPS + (0 if profile is None else 4 * PROFILED_STEPS)
         self._counts = {self._submit(context, num_tokens + more + WARM_TOKENS + 1): 0 for _ in range(batch)}
         await self._until(lambda: min(self._counts.values()) > 0)
         first = time.perf_counter() - start
@@ -132,11 +144,24 @@ class Streams:
         left = num_tokens + WARM_TOKENS - max(self._counts.values())
         for _ in range(SLICES):
             slices.append(await self._slice(left // SLICES))
+        blocks = self._loop.stats().blocks_used
+        experts = await self._experts(batch)
         if profile is not None:
             with profile.open("a") as file:
                 file.write(f"\n{batch} streams at {context} tokens\n\n{await self._profiled()}")
         await self._until(lambda: min(self._counts.values()) > num_tokens + more + WARM_TOKENS)
-        return first, slices
+        return Measured(first, slices, experts, blocks)
+
+    async def _experts(self, batch: int) -> str:
+        """Distinct experts of a layer, in a step that a short prompt joins; its stream counts for nothing else."""
+        from tokenspeed.bench.read_counts import PROMPT, ChosenExperts  # noqa: PLC0415 - torch, which others do without
+
+        with ChosenExperts(batch) as chosen:
+            joined = self._submit(PROMPT, 1)
+            self._counts[joined] = 0
+            await self._until(lambda: self._counts[joined] > 0)
+            del self._counts[joined]
+            return chosen.text()
 
     async def _profiled(self) -> str:
         """Microseconds: three steps on the device, a step's kernels, then what the loop's thread called."""
@@ -220,7 +245,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--overlap", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peer", type=float, nargs="*", default=[], help="tok/s of a peer, one for each --shape")
+    parser.add_argument("--peer", type=float, nargs="*", default=[], help="a peer's tok/s, one a --shape; 0 if none")
     parser.add_argument(
         "--weight-bytes", type=float, nargs="*", default=[],
         help="bytes of weights that a step must read, one for each --shape or one for all",
@@ -240,13 +265,13 @@ def _shape(text: str) -> tuple[int, int]:
 def main(options: argparse.Namespace) -> int:
     """Print one row a shape."""
     batches, contexts = zip(*options.shape, strict=True)
-    extra = 0 if options.profile is None else 4 * PROFILED_STEPS
+    extra = COUNTED_STEPS + (0 if options.profile is None else 4 * PROFILED_STEPS)
     config = EngineConfig(
         model=options.model,
         load_format=options.load_format,
         dtype=options.dtype,
         max_model_len=max(contexts) + options.num_tokens + extra + 64,
-        max_num_seqs=max(batches),
+        max_num_seqs=max(batches) + 1,  # and the one that joins to count experts
         overlap=options.overlap,
     )
     config.check()
@@ -266,12 +291,12 @@ async def _run(config: EngineConfig, options: argparse.Namespace) -> None:
     params = SamplingParams(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
     streams = Streams(loaded, params, options.overlap, options.seed)
     titles = ("batch × context", "first s", "tok/s (min–max)", "ms a step", "forward", "sample", "idle", "host")
-    print("|", " | ".join((*titles, "of it launch", "of limit", "× peer")), "|")
-    print("|---" * (len(titles) + 3), "|", sep="", flush=True)
+    print("|", " | ".join((*titles, "of it launch", "experts", "blocks", "of limit", "× peer")), "|")
+    print("|---" * (len(titles) + 5), "|", sep="", flush=True)
     for index, (batch, context) in enumerate(options.shape):
-        first, slices = await streams.measure(batch, context, options.num_tokens, options.profile)
+        measured = await streams.measure(batch, context, options.num_tokens, options.profile)
         peer = options.peer[index] if index < len(options.peer) else None
-        print(row(batch, context, first, slices, limit(index, options), peer), flush=True)
+        print(row(batch, context, measured, limit(index, options), peer or None), flush=True)
     await streams.close()
 
 
@@ -286,8 +311,9 @@ def limit(index: int, options: argparse.Namespace) -> float | None:
     return float(batch / seconds)
 
 
-def row(batch: int, context: int, first: float, slices: list[Slice], bound: float | None, peer: float | None) -> str:
+def row(batch: int, context: int, measured: Measured, bound: float | None, peer: float | None) -> str:
     """A line of the table: medians over the slices."""
+    slices = measured.slices
 
     def median(name: str) -> float:
         return float(statistics.median(getattr(each, name) for each in slices))
@@ -296,9 +322,9 @@ def row(batch: int, context: int, first: float, slices: list[Slice], bound: floa
     rate = statistics.median(rates)
     idle = statistics.median(each.step - each.forward - each.sample for each in slices)
     return (
-        f"| {batch} × {context:,} | {first:.3f} | **{rate:,.0f}** ({rates[0]:,.0f}–{rates[-1]:,.0f}) | "
+        f"| {batch} × {context:,} | {measured.first:.3f} | **{rate:,.0f}** ({rates[0]:,.0f}–{rates[-1]:,.0f}) | "
         f"{median('step'):.3f} | "
         f"{median('forward'):.3f} | {median('sample'):.3f} | {idle:.3f} | {median('host'):.3f} | "
-        f"{median('launch'):.3f} | "
+        f"{median('launch'):.3f} | {measured.experts} | {measured.blocks:,} | "
         f"{'–' if bound is None else f'{rate / bound:.0%}'} | {'–' if peer is None else f'{rate / peer:.2f}'} |"
     )
