@@ -1,4 +1,4 @@
-"""Two extensions, C++20 behind Cython, built without torch. Everything else is in pyproject.toml."""
+"""Three extensions, two of them C++20 behind Cython, built without torch. Everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ extensions = [
         extra_compile_args=FLAGS,
         language="c++",
     ),
+    Extension("tokenspeed.engine.lane", ["tokenspeed/engine/lane.pyx"], extra_compile_args=["-O3", "-g0", "-Wall"]),
 ]
 
 setup(ext_modules=cythonize(extensions, language_level=3, build_dir="build/cython"))

@@ -202,6 +202,12 @@ void BlockPool::withdraw(const Hash& hash) {
   }
 }
 
+std::int32_t BlockPool::drop_cached() {
+  const std::int32_t dropped = num_cached();
+  while (num_cached() > 0) const FreeBlock freed = on(take_oldest(), Withdraw{});
+  return dropped;
+}
+
 FreeBlock BlockPool::reserve(BlockId id) {
   (*this)[id] = {0, Kind::kReserved};
   return {*this, id};

@@ -39,6 +39,8 @@ class BlockPool {
   [[nodiscard]] SealedBlock hit(BlockId id);
   // Takes the block of this hash out of the index, whoever holds it. Unknown: nothing to do.
   void withdraw(const Hash& hash);
+  // Frees every cached block; gives how many there were.
+  std::int32_t drop_cached();
   // The hash of an indexed block.
   const Hash& hash(BlockId id) const { return index_.hash(raw(id)); }
 

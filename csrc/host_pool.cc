@@ -65,6 +65,12 @@ void HostPool::withdraw(const Hash& hash) {
   }
 }
 
+std::int32_t HostPool::drop_resting() {
+  const std::int32_t dropped = num_resting();
+  while (num_resting() > 0) const FreeHostBlock freed = on(hold(HostId{resting_.oldest()}), Withdraw{});
+  return dropped;
+}
+
 void HostPool::put_free(HostId id) {
   (*this)[id] = Kind::kFree;
   free_.push_back(id);

@@ -31,6 +31,8 @@ class HostPool {
   [[nodiscard]] HostBlock hold(HostId id);
   // Takes the block of this hash out of the index, whoever holds it. Unknown: nothing to do.
   void withdraw(const Hash& hash);
+  // Frees every place whose block nobody holds; gives how many there were.
+  std::int32_t drop_resting();
   // False once somebody has withdrawn a held block: its content must not be used.
   bool indexed(HostId id) const { return (*this)[id] != Kind::kWithdrawn; }
   const Hash& hash(HostId id) const { return index_.hash(raw(id)); }

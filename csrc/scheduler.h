@@ -145,6 +145,8 @@ class Scheduler {
                 double seconds);
   // Copies between the tiers have ended.
   Misuse land_copies(std::span<const std::int32_t> landed, std::span<const std::int32_t> failed);
+  // Frees every cached block that nobody holds, on both tiers; gives how many. Sessions keep their places.
+  std::int32_t drop_cached() { return pool_.drop_cached() + host_.drop_resting(); }
   // What the last commit brought, until the next one.
   const std::vector<CommitOutput>& outputs() const { return outputs_; }
 

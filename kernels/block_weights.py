@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tokenspeed.kernels.forms import Matrix
+
 
 class Edge(NamedTuple):
     """The residual sum and norm between two blocks: x + residual (x alone without one), normed with `gain` [H]."""
@@ -28,15 +30,24 @@ class CacheRows(NamedTuple):
 
 class GqaWeights(NamedTuple):
     """qkv [(Hq + 2 Hk) D, H] with bias or None, gains [D] of the norms on q's and k's heads or None, cos_sin [P,D],
-    out [H, Hq D] with bias or None."""
+    out [H, Hq D] with bias or None; the matrices in any form."""
 
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
     q_gain: Tensor | None
     k_gain: Tensor | None
     cos_sin: Tensor
-    out: Tensor
+    out: Matrix
     out_bias: Tensor | None
+
+
+class MlpWeights(NamedTuple):
+    """gate_up [2I,H] (gate first) and down [H,I] with bias or None; the matrices in any form."""
+
+    gate_up: Matrix
+    gate_up_bias: Tensor | None
+    down: Matrix
+    down_bias: Tensor | None
 
 
 class MlaWeights(NamedTuple):

@@ -22,6 +22,9 @@ CPU_CACHE = 64 << 20
 CPU_COPY = 512 << 20
 """Bytes of the copy that says what a CPU's memory gives; a GPU's is eight times as long."""
 
+PRODUCTS = 800e12
+"""Operations a second of large 16-bit matrix products on a Hopper: what arithmetic gives at most there."""
+
 MOST_COPIES = 32
 SECONDS = 0.3
 """Time spent on measuring one kernel, warm-up aside."""
@@ -29,12 +32,14 @@ SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Measurement:
-    """One implementation on one shape. `seconds` a call, the median; `moved` bytes."""
+    """One implementation on one shape. `seconds` a call, the median; `moved` bytes; `flop` where products may be the
+    limit."""
 
     name: str
     chosen: bool
     seconds: float
     moved: float
+    flop: float | None
 
 
 def copies(arguments: Arguments, device: torch.device) -> list[Arguments]:
@@ -96,7 +101,7 @@ def _event() -> torch.cuda.Event:
 def _captured(kernel: Kernel, data: Sequence[Arguments]) -> Callable[[], None] | None:
     graph = torch.cuda.CUDAGraph()
     with contextlib.suppress(RuntimeError):  # torch refuses to capture what waits for the device
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a kernel may have a thread of its own
             _each(kernel, data)
         return graph.replay
     torch.cuda.synchronize()
@@ -124,7 +129,8 @@ def measured(
         kernel = verdict.implementation.bind(target, traits)
         seconds = seconds_a_call(kernel, data, device)
         moved = workload.moved(sizes, data[0], kernel(*data[0]))
-        yield Measurement(verdict.implementation.name, explanation.runs(verdict), seconds, moved)
+        flop = None if workload.flop is None else workload.flop(sizes, data[0])
+        yield Measurement(verdict.implementation.name, explanation.runs(verdict), seconds, moved, flop)
 
 
 def bench(
@@ -139,12 +145,21 @@ def bench(
     rate = copy_rate(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(target.platform)
     yield f"{op}, {str(dtype).removeprefix('torch.')}, on {name}; a copy moves {rate / 1e9:.0f} GB/s"
-    yield f"{'':2}{'implementation':18}{'µs':>10}{'GB/s':>9}{'of limit':>10}  sizes"
+    peak = PRODUCTS if target.platform.arch == "sm90" and dtype is not torch.float32 else None
+    yield f"{'':2}{'implementation':18}{'µs':>10}{'GB/s':>9}{'of limit':>10}{'TFLOP/s':>9}{'of 800':>8}  sizes"
     for sizes in every:
         shape = " ".join(f"{name}={value}" for name, value in sizes.items())
         for line in measured(selector, op, target, sizes, device):
             per_second = line.moved / line.seconds
             yield (
                 f"{'*' if line.chosen else '':2}{line.name:18}{line.seconds * 1e6:10.1f}{per_second / 1e9:9.1f}"
-                f"{per_second / rate:10.1%}  {shape}"
+                f"{per_second / rate:10.1%}{_products(line, peak)}  {shape}"
             )
+
+
+def _products(line: Measurement, peak: float | None) -> str:
+    """Two columns, with a dash where there is nothing to say."""
+    if line.flop is None:
+        return f"{'–':>9}{'–':>8}"
+    rate = line.flop / line.seconds
+    return f"{rate / 1e12:9.2f}" + (f"{'–':>8}" if peak is None else f"{rate / peak:8.1%}")

@@ -16,13 +16,16 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MoeWeights
+from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MlpWeights, MoeWeights
+from tokenspeed.kernels.forms import ROWS, Matrix, Packed, form_of, num_bytes, num_rows
+from tokenspeed.kernels.peers import Peers
 from tokenspeed.kernels.registry import KernelError, Target
 from tokenspeed.kernels.sampler_state import SamplerState
 from tokenspeed.kernels.selection import select
 from tokenspeed.kernels.slot_state import DecodeInputs, DecodeRows, SlotState
 
 __all__ = [
+    "AllReduceNorm",
     "CacheRows",
     "DecodeInputs",
     "DecodeInputsOp",
@@ -35,16 +38,21 @@ __all__ = [
     "KernelError",
     "Linear",
     "LmHeadSample",
+    "Matrix",
     "MhaDecode",
     "MhaPrefill",
     "MlaBlockDecode",
     "MlaDecode",
     "MlaPrefill",
     "MlaWeights",
+    "MlpBlockDecode",
+    "MlpWeights",
     "MoeBlockDecode",
     "MoeExperts",
     "MoeRoute",
     "MoeWeights",
+    "Packed",
+    "Peers",
     "Quantise",
     "RmsNorm",
     "Rotary",
@@ -53,8 +61,10 @@ __all__ = [
     "SiluMul",
     "SlotState",
     "Target",
+    "all_reduce_norm",
     "decode_inputs",
     "embedding",
+    "form_of",
     "gqa_block_decode",
     "kv_store",
     "linear",
@@ -65,9 +75,12 @@ __all__ = [
     "mla_block_decode",
     "mla_decode",
     "mla_prefill",
+    "mlp_block_decode",
     "moe_block_decode",
     "moe_experts",
     "moe_route",
+    "num_bytes",
+    "num_rows",
     "quantise",
     "rms_norm",
     "rotary",
@@ -77,13 +90,13 @@ __all__ = [
 
 
 class Linear(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, /) -> Tensor:
-        """x [T,K], weight [N,K], bias [N] → x · weightᵀ + bias [T,N], summed in float32."""
+    def __call__(self, x: Tensor, weight: Matrix, bias: Tensor | None = None, /) -> Tensor:
+        """x [T,K], weight [N,K] of the form asked for, bias [N] → x · weightᵀ + bias [T,N], summed in float32."""
 
 
 class LmHead(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, /) -> Tensor:
-        """x [S,H], weight [V,H] → logits x · weightᵀ [S,V] in float32: sums that were never rounded to the type of x.
+    def __call__(self, x: Tensor, weight: Matrix, /) -> Tensor:
+        """x [S,H], weight [V,H] of the form asked for → logits x · weightᵀ [S,V] in float32: sums that were never rounded to the type of x.
 
         Among bfloat16 logits of 20 lie 0.125 apart: two tokens become equal that are not.
         """
@@ -97,6 +110,17 @@ class RmsNorm(Protocol):
 
         r = x + residual (x itself without a residual); y = r / sqrt(mean(r²) + eps) · weight, in float32
         from r as it is stored, rounded once (Zhang and Sennrich, 2019).
+        """
+
+
+class AllReduceNorm(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, peers: Peers, /
+    ) -> tuple[Tensor, Tensor]:
+        """As `RmsNorm` of Σ x over the ranks of `peers`, summed in float32 in their order, so that every rank gets the
+        same bits: x [T,H] → (y [T,H], r [T,H]), T at most `peers.max_rows`.
+
+        All ranks call it together, as often, with the same T. It waits on the device for the slowest.
         """
 
 
@@ -205,7 +229,8 @@ class MlaPrefill(Protocol):
 
         q [T,Hq,N+P] (not absorbed: N without position, P rotated), k_up [Hq,N,C], v_up [Hq,V,C] → [T,Hq,V].
         Head h of token j has the key (k_up[h] · latent[j], rope[j]) and the value v_up[h] · latent[j]. Rows,
-        lengths and query_start as in `MhaPrefill`, cache as in `MlaDecode`.
+        lengths and query_start as in `MhaPrefill`, cache as in `MlaDecode`; of a row with hundreds of query tokens,
+        which is a prompt's, kv_lens is no bound but the length.
         """
 
 
@@ -237,8 +262,8 @@ class MoeExperts(Protocol):
 
 
 class Embedding(Protocol):
-    def __call__(self, ids: Tensor, table: Tensor, /) -> Tensor:
-        """ids [T], table [V,H] → table[ids] [T,H]."""
+    def __call__(self, ids: Tensor, table: Matrix, /) -> Tensor:
+        """ids [T], table [V,H] of the form asked for → table[ids] [T,H]."""
 
 
 class DecodeInputsOp(Protocol):
@@ -319,6 +344,12 @@ class MlaBlockDecode(Protocol):
         latent and rotated key into the cache, absorbed attention, value projection, projection back."""
 
 
+class MlpBlockDecode(Protocol):
+    def __call__(self, x: Tensor, edge: Edge | None, weights: MlpWeights, /) -> tuple[Tensor, Tensor | None]:
+        """x [T,H] → (y [T,H], residual or None), the edge as in `GqaBlockDecode`: down · (silu(gate) · up) of the
+        normed x."""
+
+
 class MoeBlockDecode(Protocol):
     def __call__(
         self, x: Tensor, edge: Edge | None, weights: MoeWeights, scale: float, num_tokens: Tensor | None = None, /
@@ -332,19 +363,24 @@ class LmHeadSample(Protocol):
         """x [S,H], weight [V,H] → tokens [S] int32: the last norm (the edge), logits in float32, then `Sample`."""
 
 
-def linear(target: Target) -> Linear:
-    """Matrix product with a weight stored as [out, in]."""
-    return select("linear", target)
+def linear(target: Target, form: str = ROWS) -> Linear:
+    """Matrix product with a weight [out, in] that lies in this form."""
+    return select("linear", target) if form == ROWS else select("packed_linear", target, matrix_form=form)
 
 
-def lm_head(target: Target) -> LmHead:
-    """Logits of hidden states."""
-    return select("lm_head", target)
+def lm_head(target: Target, form: str = ROWS) -> LmHead:
+    """Logits of hidden states, from a weight that lies in this form."""
+    return select("lm_head", target) if form == ROWS else select("packed_lm_head", target, matrix_form=form)
 
 
 def rms_norm(target: Target) -> RmsNorm:
     """Root-mean-square norm, with the residual addition before it."""
     return select("rms_norm", target)
+
+
+def all_reduce_norm(target: Target) -> AllReduceNorm:
+    """A sum over ranks with the norm behind it, through memory that they share."""
+    return select("all_reduce_norm", target)
 
 
 def rotary(target: Target, *, head_dim: int, interleaved: bool = False) -> Rotary:
@@ -453,9 +489,9 @@ def moe_experts(
     )
 
 
-def embedding(target: Target) -> Embedding:
-    """Rows of a table."""
-    return select("embedding", target)
+def embedding(target: Target, form: str = ROWS) -> Embedding:
+    """Rows of a table that lies in this form."""
+    return select("embedding", target) if form == ROWS else select("packed_embedding", target, matrix_form=form)
 
 
 def decode_inputs(target: Target) -> DecodeInputsOp:
@@ -482,8 +518,10 @@ def gqa_block_decode(
     head_dim: int,
     block_size: int,
     interleaved: bool = False,
+    qkv_form: str = ROWS,
+    out_form: str = ROWS,
 ) -> GqaBlockDecode:
-    """A whole attention block of a decode step (MHA, GQA and MQA)."""
+    """A whole attention block of a decode step (MHA, GQA and MQA), its two matrices in these forms."""
     return select(
         "gqa_block_decode",
         target,
@@ -493,6 +531,8 @@ def gqa_block_decode(
         head_dim=head_dim,
         block_size=block_size,
         interleaved=interleaved,
+        qkv_form=qkv_form,
+        out_form=out_form,
     )
 
 
@@ -522,6 +562,20 @@ def mla_block_decode(
         v_dim=v_dim,
         block_size=block_size,
         interleaved=interleaved,
+    )
+
+
+def mlp_block_decode(
+    target: Target, *, hidden_size: int, intermediate_size: int, gate_up_form: str = ROWS, down_form: str = ROWS
+) -> MlpBlockDecode:
+    """A whole gated feed-forward of a decode step, its two matrices in these forms."""
+    return select(
+        "mlp_block_decode",
+        target,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        gate_up_form=gate_up_form,
+        down_form=down_form,
     )
 
 

@@ -20,9 +20,10 @@ _LATENT = ("num_heads", "kv_lora_rank", "rope_dim", "block_size")
 _ROUTING = ("num_experts", "top_k", "num_shared", "num_groups", "top_groups", "scoring", "normalise")
 
 OPS: Mapping[str, tuple[str, ...]] = {
+    "all_reduce_norm": (),
     "decode_inputs": (),
     "embedding": (),
-    "gqa_block_decode": (*_ATTENTION, "hidden_size", "interleaved"),
+    "gqa_block_decode": (*_ATTENTION, "hidden_size", "interleaved", "qkv_form", "out_form"),
     "kv_store": (),
     "linear": (),
     "lm_head": (),
@@ -32,9 +33,13 @@ OPS: Mapping[str, tuple[str, ...]] = {
     "mla_block_decode": (*_LATENT, "hidden_size", "q_lora_rank", "nope_dim", "v_dim", "interleaved"),
     "mla_decode": _LATENT,
     "mla_prefill": (*_LATENT, "nope_dim", "v_dim"),
+    "mlp_block_decode": ("hidden_size", "intermediate_size", "gate_up_form", "down_form"),
     "moe_block_decode": (*_ROUTING, "hidden_size", "intermediate_size"),
     "moe_experts": ("num_experts", "num_shared", "hidden_size", "intermediate_size"),
     "moe_route": _ROUTING,
+    "packed_embedding": ("matrix_form",),
+    "packed_linear": ("matrix_form",),
+    "packed_lm_head": ("matrix_form",),
     "quantise": ("form", "block"),
     "rms_norm": (),
     "rotary": ("head_dim", "interleaved"),
@@ -44,9 +49,10 @@ OPS: Mapping[str, tuple[str, ...]] = {
 """Every op with the traits that its face passes to selection. A declaration may restrict no other trait."""
 
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "gqa_block_decode": ("rms_norm", "linear", "rotary", "kv_store", "mha_decode"),
+    "gqa_block_decode": ("rms_norm", "linear", "packed_linear", "rotary", "kv_store", "mha_decode"),
     "lm_head_sample": ("rms_norm", "lm_head", "sample"),
     "mla_block_decode": ("rms_norm", "linear", "rotary", "kv_store", "mla_decode"),
+    "mlp_block_decode": ("rms_norm", "linear", "packed_linear", "silu_mul"),
     "moe_block_decode": ("rms_norm", "linear", "moe_route", "moe_experts"),
 }
 """The ops that a composite is made of."""

@@ -13,7 +13,11 @@ from tokenspeed.kernels.selection import Selector
 from tokenspeed.kernels.winners import Winner, Winners, num_tokens
 from tokenspeed.kernels.workloads import traits_of, workload_of
 
-BATCHES: dict[str, tuple[int, ...]] = {"new": (16, 128, 512, 2048), "rows": (1, 8, 32, 128), "tokens": (1, 8, 32, 128)}
+BATCHES: dict[str, tuple[int, ...]] = {
+    "new": (16, 128, 512, 2048),
+    "rows": (1, 8, 32, 128),
+    "tokens": (1, 8, 32, 128, 512, 2048),
+}
 """What is measured where the number of tokens is left open."""
 
 MARGIN = 1.03

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenspeed.kernels.numerics import attention_cases, block_cases, dense_cases, moe_cases, step_cases
+from tokenspeed.kernels.forms import FORMS, ROWS
+from tokenspeed.kernels.numerics import attention_cases, block_cases, dense_cases, moe_cases, peer_cases, step_cases
 from tokenspeed.kernels.numerics.case import Arguments
 from tokenspeed.kernels.registry import OPS, KernelError, Traits, TraitValue
 
@@ -22,18 +23,20 @@ Sizes = Mapping[str, Any]
 
 Make = Callable[[Sizes, torch.Generator, torch.dtype], Arguments]
 Moved = Callable[[Sizes, Arguments, Any], float]
+Flop = Callable[[Sizes, Arguments], float]
 
 
 @dataclass(frozen=True)
 class Workload:
     """`defaults` are all sizes of an op, its traits among them; `batch` names the one that counts a step's tokens or
     rows. `make` draws the arguments on the default device. `moved` gives the bytes to read and write, each once, of
-    a call's arguments and result."""
+    a call's arguments and result; `flop` the operations of its products, where these may be the limit."""
 
     batch: str
     defaults: Traits
     make: Make
     moved: Moved
+    flop: Flop | None = None
 
     def sizes(self, given: Traits) -> dict[str, TraitValue]:
         """The defaults with what is given instead. Raises `KernelError` for a size that is none, or of another kind."""
@@ -57,7 +60,11 @@ class Workload:
 
 
 _KINDS: Mapping[type, str] = {int: "a number", bool: "true or false", str: "a word"}
-_WORDS: Mapping[str, tuple[str, ...]] = {"form": ("fp8", "int8"), "scoring": ("softmax", "sigmoid")}
+_MATRICES = ("matrix_form", "qkv_form", "out_form", "gate_up_form", "down_form")
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "form": ("fp8", "int8"), "scoring": ("softmax", "sigmoid"), **dict.fromkeys(_MATRICES, FORMS),
+    "matrix_form": FORMS[1:],
+}  # fmt: skip
 
 
 def num_bytes(value: Any) -> int:
@@ -126,6 +133,24 @@ def _logits(sizes: Sizes, arguments: Arguments, value: Tensor) -> float:
     return num_bytes((arguments[0], value))
 
 
+def _pairs(arguments: Arguments, query_lens: int) -> int:
+    """(query, token that it sees) of a prefill's rows; the lengths of rows follow those of their chunks."""
+    return sum(n * length - n * (n - 1) // 2 for n, length in zip(*arguments[query_lens : query_lens + 2], strict=True))
+
+
+def _mha_flop(s: Sizes, arguments: Arguments) -> float:
+    return float(4 * s["num_heads"] * s["head_dim"] * _pairs(arguments, 6))
+
+
+def _mla_flop(s: Sizes, arguments: Arguments) -> float:
+    """Of scores and sums over expanded keys and values; the expansion is not counted."""
+    return float(2 * s["num_heads"] * (s["nope_dim"] + s["rope_dim"] + s["v_dim"]) * _pairs(arguments, 5))
+
+
+def _experts_flop(s: Sizes, arguments: Arguments) -> float:
+    return float(6 * s["hidden_size"] * s["intermediate_size"] * int((arguments[3] >= 0).sum()))
+
+
 def _decoding(s: Sizes) -> tuple[int, ...]:
     return (int(s["context"]),) * int(s["rows"])
 
@@ -160,9 +185,15 @@ _ROUTING: Traits = {
 }  # fmt: skip
 _EXPERT: Traits = {"hidden_size": 2048, "intermediate_size": 1408}
 _ROWS: Traits = {"rows": 8, "context": 1024}
-_CHUNK: Traits = {"new": 512, **_ROWS, "rows": 1}
+_CHUNK: Traits = {"new": 512, "rows": 1, "context": 8192}
 
 WORKLOADS: Mapping[str, Workload] = {
+    "all_reduce_norm": Workload(
+        # In the memory of one device, where nobody is waited for: what is left is the kernel itself.
+        "tokens", {"tokens": 8, "hidden_size": 4096, "ranks": 4},
+        lambda s, g, t: peer_cases.all_reduce_norm_arguments(s["tokens"], s["hidden_size"], s["ranks"], 0, True, g, t),
+        lambda s, a, y: float((s["ranks"] + 4) * a[0].numel() * a[0].element_size()),
+    ),
     "decode_inputs": Workload(
         "rows", {"rows": 8, "width": 800},
         lambda s, g, t: step_cases.decode_inputs_arguments(s["rows"], s["width"], g, t), _all,
@@ -173,7 +204,7 @@ WORKLOADS: Mapping[str, Workload] = {
         _gathered,
     ),
     "gqa_block_decode": Workload(
-        "rows", {**_ROWS, **_GQA, "hidden_size": 4096, "interleaved": False},
+        "rows", {**_ROWS, **_GQA, "hidden_size": 4096, "interleaved": False, "qkv_form": ROWS, "out_form": ROWS},
         lambda s, g, t: block_cases.gqa_block_arguments(_decoding(s), s, False, False, "residual", g, t),
         _block_attended(slice(4, 6), 6),
     ),
@@ -187,6 +218,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "linear": Workload(
         "tokens", {"tokens": 8, "in": 4096, "out": 4096},
         lambda s, g, t: dense_cases.linear_arguments(s["tokens"], s["in"], s["out"], False, 0, g, t), _all,
+        lambda s, a: 2.0 * s["tokens"] * s["in"] * s["out"],
     ),
     "lm_head": Workload(
         "rows", {"rows": 8, "hidden_size": 4096, "vocab_size": 128_256},
@@ -201,7 +233,8 @@ WORKLOADS: Mapping[str, Workload] = {
         "rows", {**_ROWS, **_GQA}, lambda s, g, t: _gqa(s).decode_arguments(g, t), _attended(slice(1, 3), 4)
     ),
     "mha_prefill": Workload(
-        "new", {**_CHUNK, **_GQA}, lambda s, g, t: _gqa(s, s["new"]).arguments(g, t), _attended(slice(1, 3), 5)
+        "new", {**_CHUNK, **_GQA}, lambda s, g, t: _gqa(s, s["new"]).arguments(g, t), _attended(slice(1, 3), 5),
+        _mha_flop,
     ),
     "mla_block_decode": Workload(
         "rows", {**_ROWS, **_LATENT, **_HEADS, "hidden_size": 2048, "q_lora_rank": 0, "interleaved": True},
@@ -209,19 +242,45 @@ WORKLOADS: Mapping[str, Workload] = {
         _block_attended(slice(4, 5), 5),
     ),
     "mla_decode": Workload("rows", {**_ROWS, "queries": 1, **_LATENT}, _mla_decode, _attended(slice(2, 3), 4)),
-    "mla_prefill": Workload("new", {**_CHUNK, **_LATENT, **_HEADS}, _mla_prefill, _attended(slice(1, 2), 4)),
+    "mla_prefill": Workload("new", {**_CHUNK, **_LATENT, **_HEADS}, _mla_prefill, _attended(slice(1, 2), 4), _mla_flop),
+    "mlp_block_decode": Workload(
+        "tokens",
+        {"tokens": 8, "hidden_size": 4096, "intermediate_size": 14_336, "gate_up_form": ROWS, "down_form": ROWS},
+        lambda s, g, t: block_cases.mlp_block_arguments(s["tokens"], s, False, "residual", g, t), _all,
+    ),
     "moe_block_decode": Workload(
         "tokens", {"tokens": 8, **_ROUTING, **_EXPERT},
         lambda s, g, t: block_cases.moe_block_arguments(s["tokens"], None, s, "residual", g, t), _routed_experts,
     ),
     "moe_experts": Workload(
         "tokens", {"tokens": 8, "top_k": 6, "num_experts": 66, "num_shared": 2, **_EXPERT}, _moe_experts,
-        _chosen_experts,
+        _chosen_experts, _experts_flop,
     ),
     "moe_route": Workload(
         "tokens", {"tokens": 8, **_ROUTING},
         lambda s, g, t: moe_cases.moe_route_arguments(
             s["tokens"], s["num_experts"], s["scoring"] == "sigmoid", 0, g, t
+        ),
+        _all,
+    ),
+    "packed_embedding": Workload(
+        "tokens", {"tokens": 8, "vocab_size": 128_256, "hidden_size": 4096, "matrix_form": "q8_0"},
+        lambda s, g, t: dense_cases.packed_embedding_arguments(
+            s["matrix_form"], s["tokens"], s["vocab_size"], s["hidden_size"], g, t
+        ),
+        _gathered,
+    ),
+    "packed_linear": Workload(
+        "tokens", {"tokens": 8, "in": 4096, "out": 4096, "matrix_form": "q4_1"},
+        lambda s, g, t: dense_cases.packed_linear_arguments(
+            s["matrix_form"], s["tokens"], s["in"], s["out"], False, g, t
+        ),
+        _all,
+    ),
+    "packed_lm_head": Workload(
+        "rows", {"rows": 8, "hidden_size": 4096, "vocab_size": 128_256, "matrix_form": "q8_0"},
+        lambda s, g, t: dense_cases.packed_lm_head_arguments(
+            s["matrix_form"], s["rows"], s["hidden_size"], s["vocab_size"], g, t
         ),
         _all,
     ),

@@ -5,14 +5,16 @@
 #   kernels  what is registered and chosen, numerics as a table, kernels alone against the limits, measured selection
 #   llama    decode rates of Llama-8B's shape, random weights
 #   v2l      decode rates of V2L's shape (DeepSeek-V2-Lite), random weights
+#   prefill  kernels of long prompts: numerics, alone, then first tokens of V2L's shape, cold and warm (150 s behind the build)
 #   start    V2L's shape from a checkpoint of 31 GB: the first start and a second one; needs 35 GB of disk
+#   ranks    (asked for by name, 2 GPUs) collectives, decode steps of V2L's shape over ranks beside what is predicted, then served
 #   agentic  first tokens of cold prompts, then turns of 1 to 12 sessions (from the same checkpoint if `start` ran)
 # Without a part: all. BANDWIDTH: bytes a second of a read-only stream on this GPU, for the limits. PROFILE=FILE: kernels, three steps and the loop's
 # thread of every decode row, into that file. Peers are as measured on an H100 80 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} bandwidth=${BANDWIDTH:-3150e9}
-parts=" ${*:-check sanitize kernels llama v2l start agentic} "
+parts=" ${*:-check sanitize kernels llama v2l prefill start agentic} "
 "$python" setup.py -q build_ext --inplace
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 folder=$(mktemp -d)
@@ -93,6 +95,44 @@ if wanted v2l; then
         --peer 250 0 0 933 0 2474 0 8272 204 0 0 625 0 0 \
         --weight-bytes 4.91e9 7.35e9 11.58e9 17.9e9 25.04e9 29.77e9 30.95e9 31.0e9 \
         4.91e9 7.35e9 11.58e9 17.9e9 25.04e9 28.29e9
+fi
+if wanted prefill; then
+    wrong=0
+    "$python" -m tokenspeed.kernels numerics moe_experts mla_prefill --device cuda --dtype bfloat16 || wrong=1
+    for backend in library triton; do # without the references, which would take minutes and all of the memory
+        export TOKENSPEED_KERNELS="moe_experts=$backend,mla_prefill=$backend"
+        "$python" -m tokenspeed.kernels bench moe_experts tokens=256,512,1312,2048,8192 --device cuda
+        "$python" -m tokenspeed.kernels bench mla_prefill new=1312,8192 context=8192,50000 --device cuda
+    done
+    unset TOKENSPEED_KERNELS
+    "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only
+    turns() {
+        "$python" -m tokenspeed.bench agentic --model "$folder/v2l-config" --load-format dummy --concurrency 1 --output 1 "$@"
+    }
+    turns --turns 2 --first 50000 --more 1295 --repeats 3 # 1,312 tokens behind 49,984 cached ones
+    turns --turns 1 --first 1024 --repeats 5
+    ((wrong == 0))
+fi
+if wanted ranks; then
+    "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only
+    ranks() { "$python" -m tokenspeed.parallel "$@"; }
+    "$python" -m tokenspeed.kernels numerics all_reduce_norm --device cuda
+    ranks measure --world 2 --links "$folder/links.json"
+    serve_layout() { # serve_layout FLAGS... decode rates of the engine, 1, 8 and 32 streams of 1,024 tokens
+        "$python" -m tokenspeed.entrypoints.api --model "$folder/v2l-config" --load-format dummy --port 8399 "$@" & local server=$!
+        until curl -sf http://127.0.0.1:8399/ready > /dev/null; do
+            kill -0 "$server" || return 1
+            sleep 0.2
+        done
+        "$python" -m tokenspeed.bench serve --url http://127.0.0.1:8399 --concurrency 1,8,32 --input-len 1024 --output-len 256
+        kill "$server" && wait "$server"
+    }
+    for layout in "--world 1" "--world 2" "--world 2 --moe-ep-size 2"; do
+        # shellcheck disable=SC2086 # a layout is several words
+        ranks decode --model "$folder/v2l-config" $layout --batch 1 8 32 --context 1024 --links "$folder/links.json"
+        # shellcheck disable=SC2086
+        serve_layout ${layout/--world/--tensor-parallel-size}
+    done
 fi
 model=(--model "$folder/v2l-config" --load-format dummy)
 if wanted start; then

@@ -19,7 +19,7 @@ site=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 echo "$site" > "$(echo "$work"/venv/lib/python*/site-packages)/deps.pth"
 "$work/venv/bin/python" -m pip install --quiet --no-deps --force-reinstall "$work"/dist/*.whl
 (cd "$work" && "$work/venv/bin/python" - <<'PY'
-import tokenspeed, tokenspeed._core.scheduler, tokenspeed.kernels.cpu._ops, tokenspeed.kernels.ops
+import tokenspeed, tokenspeed._core.scheduler, tokenspeed.engine.lane, tokenspeed.kernels.cpu._ops, tokenspeed.kernels.ops
 from tokenspeed import LLM, SamplingParams
 assert "site-packages" in tokenspeed.__file__, tokenspeed.__file__
 with LLM(in_process=True) as llm:

@@ -10,18 +10,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokenspeed.config import EngineConfig
+    from tokenspeed.config import EngineConfig, Parallel
     from tokenspeed.engine.async_engine import AsyncEngine
     from tokenspeed.engine.llm import LLM
     from tokenspeed.request import RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncEngine", "EngineConfig", "Parallel", "RequestOutput", "SamplingParams", "__version__"]
 
 _HOMES = {
     "AsyncEngine": "tokenspeed.engine.async_engine",
     "EngineConfig": "tokenspeed.config",
     "LLM": "tokenspeed.engine.llm",
+    "Parallel": "tokenspeed.config",
     "RequestOutput": "tokenspeed.request",
     "SamplingParams": "tokenspeed.request",
 }

@@ -21,6 +21,25 @@ STEERED_FLOOR = 70.0
 """Tokens a second that an engine without a `tps_floor` of its own steers every stream for."""
 
 
+class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The ranks of one model, and into how many parts each part of it is cut; None is what `Mesh.of` takes then.
+
+    `world` is the number of ranks: one process each, and one GPU each where there are GPUs.
+    """
+
+    world: int = 1
+    attn_tp: int | None = None
+    attn_dp: int | None = None
+    dense_tp: int | None = None
+    moe_tp: int | None = None
+    moe_ep: int | None = None
+    vocab_tp: int | None = None
+
+    def sizes(self) -> dict[str, int | None]:
+        """What `Mesh.of` is told besides the world."""
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "world"}
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that decides how an engine is built.
 
@@ -35,6 +54,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     session counts with all its KV blocks, also between its turns, and sessions that do not fit wait instead of
     evicting each other; one that is expected to wait longer than `max_queue_seconds` is refused. `record` is a new
     file for every call of the control plane, prompts included.
+
+    `parallel` says over how many ranks the model lies, and how. An engine of several ranks ends when no step has landed
+    for `watchdog_seconds` although one is in flight: a rank hangs.
     """
 
     model: str | None = None
@@ -56,6 +78,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_threads: int | None = None
     seed: int | None = None
     record: str | None = None
+    parallel: Parallel = Parallel()
+    watchdog_seconds: float = 60.0
 
     def check(self) -> None:
         """Raise `ConfigError` naming the first flag that is out of range."""
@@ -68,6 +92,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("--max-queued-requests", self.max_queued_requests),
             ("--kv-cache-memory", self.kv_cache_bytes),
             ("--num-threads", self.num_threads),
+            ("--tensor-parallel-size", self.parallel.world),
         )
         for flag, value in positive:
             if value is not None and value < 1:
@@ -78,6 +103,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"--max-queue-seconds must be a number of at least 0, got {self.max_queue_seconds:g}")
         if self.tps_floor is not None and not 0 <= self.tps_floor < math.inf:
             raise ConfigError(f"--tps-floor must be a number of at least 0, got {self.tps_floor:g}")
+        if not 0 < self.watchdog_seconds < math.inf:
+            raise ConfigError(f"--watchdog-seconds must be a number above 0, got {self.watchdog_seconds:g}")
         if self.overlap not in (0, 1):
             raise ConfigError(f"--overlap must be 0 or 1, got {self.overlap}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:

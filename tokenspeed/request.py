@@ -35,8 +35,8 @@ class Grammar(msgspec.Struct, frozen=True):
     `text` is a JSON schema (JSON text), a regular expression for the whole answer, a grammar in the EBNF of llama.cpp
     with a rule `root`, a JSON array of the texts to choose from, or a format of xgrammar's structural tags (JSON text).
     `field` is where a request asks for it, for error messages. Without `strict` what of a JSON schema cannot be
-    enforced is left out instead of refused. Before it the answer has a `thinking`, of any text up to </think>: one that
-    the prompt has opened, or one that the answer may open.
+    enforced is left out instead of refused. Before it the answer has a `thinking`, of any text up to the second of
+    `marks`: one that the prompt has opened, or one that the answer may open.
     """
 
     kind: GrammarKind
@@ -44,6 +44,7 @@ class Grammar(msgspec.Struct, frozen=True):
     field: str = "grammar"
     strict: bool = True
     thinking: Literal["none", "opened", "allowed"] = "none"
+    marks: tuple[str, str] = ("<think>", "</think>")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MoeWeights
+from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MlpWeights, MoeWeights
+from tokenspeed.kernels.forms import ROWS
 from tokenspeed.kernels.registry import Kernel, Target, Traits, TraitValue
 from tokenspeed.kernels.sampler_state import SamplerState
 
@@ -18,6 +19,11 @@ class Choose(Protocol):
     """The kernel of an op for a target and traits."""
 
     def __call__(self, op: str, target: Target, **traits: TraitValue) -> Kernel: ...
+
+
+def linear_of(choose: Choose, target: Target, form: TraitValue) -> Kernel:
+    """The product with a weight of this form."""
+    return choose("linear", target) if form == ROWS else choose("packed_linear", target, matrix_form=form)
 
 
 class _Block:
@@ -36,7 +42,7 @@ class _Block:
 class GqaBlock(_Block):
     def __init__(self, choose: Choose, target: Target, traits: Traits) -> None:
         super().__init__(choose, target)
-        self.linear = choose("linear", target)
+        self.project, self.project_back = (linear_of(choose, target, traits[name]) for name in ("qkv_form", "out_form"))
         self.num_heads, self.num_kv_heads, self.head_dim = (
             int(traits[name]) for name in ("num_heads", "num_kv_heads", "head_dim")
         )
@@ -52,7 +58,7 @@ class GqaBlock(_Block):
         rows: CacheRows, scale: float, /,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         y, residual = self.enter(x, edge)
-        fused = self.linear(y, weights.qkv, weights.qkv_bias).view(x.shape[0], -1, self.head_dim)
+        fused = self.project(y, weights.qkv, weights.qkv_bias).view(x.shape[0], -1, self.head_dim)
         q, k, v = fused.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if weights.q_gain is not None:
             q = self.norm(q.flatten(0, 1), weights.q_gain, eps)[0].view(q.shape)
@@ -61,7 +67,7 @@ class GqaBlock(_Block):
         q, k = self.rotary(q, k, rows.positions, weights.cos_sin)
         self.store((k, v), (k_cache, v_cache), rows.kv_slots)
         out = self.attend(q, k_cache, v_cache, rows.block_table, rows.kv_len, rows.kv_lens, scale)
-        return self.linear(out.flatten(1), weights.out, weights.out_bias), residual
+        return self.project_back(out.flatten(1), weights.out, weights.out_bias), residual
 
 
 class MlaBlock(_Block):
@@ -98,6 +104,18 @@ class MlaBlock(_Block):
         ).squeeze(1)
         values = torch.bmm(sums.transpose(0, 1), weights.v_up.transpose(1, 2)).transpose(0, 1)
         return self.linear(values.flatten(1), weights.out, weights.out_bias), residual
+
+
+class MlpBlock(_Block):
+    def __init__(self, choose: Choose, target: Target, traits: Traits) -> None:
+        super().__init__(choose, target)
+        self.expand, self.contract = (linear_of(choose, target, traits[name]) for name in ("gate_up_form", "down_form"))
+        self.activate = choose("silu_mul", target)
+
+    def __call__(self, x: Tensor, edge: Edge | None, weights: MlpWeights, /) -> tuple[Tensor, Tensor | None]:
+        y, residual = self.enter(x, edge)
+        inner = self.activate(self.expand(y, weights.gate_up, weights.gate_up_bias))
+        return self.contract(inner, weights.down, weights.down_bias), residual
 
 
 class MoeBlock(_Block):
@@ -141,6 +159,7 @@ BLOCKS: Mapping[str, Callable[[Choose, Target, Traits], Kernel]] = {
     "gqa_block_decode": GqaBlock,
     "lm_head_sample": LmHead,
     "mla_block_decode": MlaBlock,
+    "mlp_block_decode": MlpBlock,
     "moe_block_decode": MoeBlock,
 }
 

@@ -4,7 +4,8 @@ The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4
 `avx512_bf16` multiplies pairs of bfloat16 in one instruction. Sums and exponentials are in float32.
 Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
 its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
-32 tokens and one above (`linear.py`). `embedding` is torch's here.
+32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`). Blocks of a decode
+step are one call each (`blocks.cc`). `embedding` of a plain table is torch's here.
 
 Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
 """
@@ -17,10 +18,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from tokenspeed.kernels.registry import Condition, Implementation, Kernel, Multiple, On, Target, Traits, lazy
+from tokenspeed.kernels.forms import FORMS, ROWS
+from tokenspeed.kernels.registry import Condition, Implementation, Kernel, Multiple, On, OneOf, Target, Traits, lazy
 
 _ANY_CPU = On("cpu")
-_AVX2 = frozenset({"avx2", "fma", "bmi2"})
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 VARIANTS: Mapping[str, tuple[int, On]] = {
     "portable": (100, _ANY_CPU),
@@ -32,11 +34,17 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
 
 # The widest vector has 16 floats and a head is a whole number of them.
 _HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
+_PACKED: Mapping[str, Condition] = {"matrix_form": OneOf(frozenset(FORMS) - {ROWS})}
 TRAITS: Mapping[str, Mapping[str, Condition]] = {
+    "gqa_block_decode": _HEADS,
     "linear": {},
     "lm_head": {},
     "mha_decode": _HEADS,
     "mha_prefill": _HEADS,
+    "mlp_block_decode": {},
+    "packed_embedding": _PACKED,
+    "packed_linear": _PACKED,
+    "packed_lm_head": _PACKED,
     "rms_norm": {},
     "rotary": {},
     "silu_mul": {},

@@ -2,6 +2,12 @@ from typing import Literal
 
 Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 
+Form = str
+"""A name of `kernels.forms.FORMS`. Packed matrices are read at their layout's addresses: no stride."""
+
+Matrix = tuple[int, int, int, int, int, Form]
+"""Address, address of the bias or 0, rows, columns, stride of a row, form."""
+
 LINEAR_FEW: int
 """Tokens up to which `Kernels.linear` reads weights as they lie; beyond, it transposes them first."""
 
@@ -113,6 +119,78 @@ class Kernels:
         tokens: int,
         columns: int,
         rows: int,
+        form: Form,
         threads: int,
     ) -> None:
-        """`bias` is 0 without one. With `float_out` the results are float32."""
+        """`bias` is 0 without one. With `float_out` the results are float32. `weight_stride` is of `rows` alone."""
+
+    def embedding(
+        self, form: Form, table: int, num_rows: int, columns: int, ids: int, tokens: int, out: int
+    ) -> None:
+        """Rows of a packed table. `IndexError` on an id that it does not have."""
+
+class BlockRows:
+    """Where positions, slots, lengths and block tables of a step's rows lie."""
+
+    def __init__(
+        self, positions: int, kv_slots: int, kv_len: int, block_table: int, table_stride: int, table_width: int
+    ) -> None: ...
+
+class GqaBlock:
+    """An attention block with its weights and caches. Whoever holds it keeps their memory."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        qkv: Matrix,
+        out: Matrix,
+        q_gain: int,
+        k_gain: int,
+        head_eps: float,
+        cos_sin: int,
+        num_positions: int,
+        interleaved: bool,
+        k_cache: int,
+        v_cache: int,
+        num_blocks: int,
+        block_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+    ) -> None: ...
+    def run(
+        self,
+        rows: BlockRows,
+        x: int,
+        x_stride: int,
+        residual: int,
+        residual_stride: int,
+        gain: int,
+        eps: float,
+        y: int,
+        residual_out: int,
+        tokens: int,
+        threads: int,
+    ) -> None:
+        """`gain` is 0 for an x that is normed, `residual` and `residual_out` without a residual. `IndexError` on a row
+        that is out of range; nothing is written then."""
+
+class MlpBlock:
+    """A feed-forward block with its weights. Whoever holds it keeps their memory."""
+
+    def __init__(self, kernels: Kernels, gate_up: Matrix, down: Matrix) -> None: ...
+    def run(
+        self,
+        x: int,
+        x_stride: int,
+        residual: int,
+        residual_stride: int,
+        gain: int,
+        eps: float,
+        y: int,
+        residual_out: int,
+        tokens: int,
+        threads: int,
+    ) -> None:
+        """As `GqaBlock.run`."""

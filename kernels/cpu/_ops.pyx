@@ -8,6 +8,14 @@ cdef extern from "parallel.h" namespace "tokenspeed::cpu" nogil:
 
 
 cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
+    cdef enum class Form:
+        rows
+        panels
+        q4_0
+        q4_1
+        q4_k
+        q8_0
+
     cdef enum class Type:
         f32
         bf16
@@ -47,6 +55,7 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         int64_t columns
         int64_t rows
         bint float_out
+        Form form
 
     cdef cppclass Table "tokenspeed::cpu::Kernels":
         pass
@@ -68,11 +77,71 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         const int64_t*, const float*, int64_t, int64_t, int)
     void c_silu_mul "tokenspeed::cpu::silu_mul"(const Table&, const void*, int64_t, void*, int64_t, int64_t, int)
     void c_linear "tokenspeed::cpu::linear"(const Table&, const Linear&, int) except +
+    int64_t c_embedding "tokenspeed::cpu::embedding"(
+        const Table&, Form, const void*, int64_t, int64_t, const int64_t*, int64_t, void*)
+
+
+cdef extern from "blocks.h" namespace "tokenspeed::cpu" nogil:
+    cdef cppclass CMatrix "tokenspeed::cpu::Matrix":
+        const void* data
+        const void* bias
+        int64_t rows
+        int64_t columns
+        int64_t stride
+        Form form
+
+    cdef cppclass Stream:
+        const void* x
+        const void* residual
+        const void* gain
+        void* y
+        void* residual_out
+        int64_t x_stride
+        int64_t residual_stride
+        int64_t tokens
+        float eps
+
+    cdef cppclass CGqaBlock "tokenspeed::cpu::GqaBlock":
+        CMatrix qkv
+        CMatrix out
+        const void* q_gain
+        const void* k_gain
+        const float* cos_sin
+        int64_t num_positions
+        void* k_cache
+        void* v_cache
+        int64_t num_blocks
+        int32_t block_size
+        int32_t num_heads
+        int32_t num_kv_heads
+        int32_t head_dim
+        float scale
+        float head_eps
+        bint interleaved
+
+    cdef cppclass CBlockRows "tokenspeed::cpu::BlockRows":
+        const int64_t* positions
+        const int64_t* kv_slots
+        const int32_t* kv_len
+        const int32_t* block_table
+        int64_t table_stride
+        int64_t table_width
+
+    cdef cppclass CMlpBlock "tokenspeed::cpu::MlpBlock":
+        CMatrix gate_up
+        CMatrix down
+
+    int64_t c_gqa_block "tokenspeed::cpu::gqa_block"(
+        const Table&, const CGqaBlock&, const CBlockRows&, const Stream&, int) except +
+    void c_mlp_block "tokenspeed::cpu::mlp_block"(const Table&, const CMlpBlock&, const Stream&, int) except +
 
 
 cdef dict ISAS = {"portable": <int> Isa.portable, "avx2": <int> Isa.avx2, "avx512": <int> Isa.avx512,
                   "avx512_bf16": <int> Isa.avx512_bf16}
 cdef dict TYPES = {"float32": <int> Type.f32, "bfloat16": <int> Type.bf16}
+
+cdef dict FORMS = {"rows": <int> Form.rows, "panels": <int> Form.panels, "q4_0": <int> Form.q4_0,
+                   "q4_1": <int> Form.q4_1, "q4_k": <int> Form.q4_k, "q8_0": <int> Form.q8_0}
 
 LINEAR_FEW = c_linear_few
 
@@ -150,13 +219,24 @@ cdef class Kernels:
             c_silu_mul(self.table[0], <const void*> gate_up, stride, <void*> out, tokens, size, threads)
 
     def linear(self, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride, uintptr_t bias,
-               uintptr_t out, bint float_out, int64_t tokens, int64_t columns, int64_t rows, int threads):
+               uintptr_t out, bint float_out, int64_t tokens, int64_t columns, int64_t rows, str form, int threads):
         cdef Linear a
+        a.form = <Form> <int> FORMS[form]
         a.float_out = float_out
         a.x, a.weight, a.bias, a.out = <const void*> x, <const void*> weight, <const void*> bias, <void*> out
         a.x_stride, a.weight_stride, a.tokens, a.columns, a.rows = x_stride, weight_stride, tokens, columns, rows
         with nogil:
             c_linear(self.table[0], a, threads)
+
+    def embedding(self, str form, uintptr_t table, int64_t num_rows, int64_t columns, uintptr_t ids, int64_t tokens,
+                  uintptr_t out):
+        cdef Form packed = <Form> <int> FORMS[form]
+        cdef int64_t bad
+        with nogil:
+            bad = c_embedding(self.table[0], packed, <const void*> table, num_rows, columns, <const int64_t*> ids,
+                              tokens, <void*> out)
+        if bad != OK:
+            raise IndexError(f"embedding: id {bad} is not among the {num_rows} of the table")
 
 
 cdef Attention attention(uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t k, uintptr_t v, int64_t num_blocks,
@@ -170,3 +250,78 @@ cdef Attention attention(uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t
     a.table_stride, a.table_width = table_stride, table_width
     a.kv_len, a.rows = <const int32_t*> kv_len, rows
     return a
+
+
+cdef CMatrix matrix_of(tuple of):
+    cdef CMatrix m
+    data, bias, rows, columns, stride, form = of
+    m.data, m.bias = <const void*> <uintptr_t> data, <const void*> <uintptr_t> bias
+    m.rows, m.columns, m.stride = rows, columns, stride
+    m.form = <Form> <int> FORMS[form]
+    return m
+
+
+cdef class BlockRows:
+    """Where the rows of a step lie."""
+
+    cdef CBlockRows rows
+
+    def __cinit__(self, uintptr_t positions, uintptr_t kv_slots, uintptr_t kv_len, uintptr_t block_table,
+                  int64_t table_stride, int64_t table_width):
+        self.rows.positions, self.rows.kv_slots = <const int64_t*> positions, <const int64_t*> kv_slots
+        self.rows.kv_len, self.rows.block_table = <const int32_t*> kv_len, <const int32_t*> block_table
+        self.rows.table_stride, self.rows.table_width = table_stride, table_width
+
+
+cdef class GqaBlock:
+    """An attention block with its weights and caches."""
+
+    cdef Kernels kernels
+    cdef CGqaBlock block
+
+    def __cinit__(self, Kernels kernels, tuple qkv, tuple out, uintptr_t q_gain, uintptr_t k_gain, float head_eps,
+                  uintptr_t cos_sin, int64_t num_positions, bint interleaved, uintptr_t k_cache, uintptr_t v_cache,
+                  int64_t num_blocks, int block_size, int num_heads, int num_kv_heads, int head_dim, float scale):
+        self.kernels = kernels
+        self.block.qkv, self.block.out = matrix_of(qkv), matrix_of(out)
+        self.block.q_gain, self.block.k_gain = <const void*> q_gain, <const void*> k_gain
+        self.block.head_eps, self.block.scale, self.block.interleaved = head_eps, scale, interleaved
+        self.block.cos_sin, self.block.num_positions = <const float*> cos_sin, num_positions
+        self.block.k_cache, self.block.v_cache = <void*> k_cache, <void*> v_cache
+        self.block.num_blocks, self.block.block_size = num_blocks, block_size
+        self.block.num_heads, self.block.num_kv_heads, self.block.head_dim = num_heads, num_kv_heads, head_dim
+
+    def run(self, BlockRows rows, uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride,
+            uintptr_t gain, float eps, uintptr_t y, uintptr_t residual_out, int64_t tokens, int threads):
+        cdef Stream s = stream(x, x_stride, residual, residual_stride, gain, eps, y, residual_out, tokens)
+        cdef int64_t bad
+        with nogil:
+            bad = c_gqa_block(self.kernels.table[0], self.block, rows.rows, s, threads)
+        if bad != OK:
+            raise IndexError(f"gqa_block_decode: position, slot, length or a block of row {bad} is out of range")
+
+
+cdef class MlpBlock:
+    """A feed-forward block with its weights."""
+
+    cdef Kernels kernels
+    cdef CMlpBlock block
+
+    def __cinit__(self, Kernels kernels, tuple gate_up, tuple down):
+        self.kernels = kernels
+        self.block.gate_up, self.block.down = matrix_of(gate_up), matrix_of(down)
+
+    def run(self, uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t gain,
+            float eps, uintptr_t y, uintptr_t residual_out, int64_t tokens, int threads):
+        cdef Stream s = stream(x, x_stride, residual, residual_stride, gain, eps, y, residual_out, tokens)
+        with nogil:
+            c_mlp_block(self.kernels.table[0], self.block, s, threads)
+
+
+cdef Stream stream(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t gain,
+                   float eps, uintptr_t y, uintptr_t residual_out, int64_t tokens):
+    cdef Stream s
+    s.x, s.x_stride, s.residual, s.residual_stride = <const void*> x, x_stride, <const void*> residual, residual_stride
+    s.gain, s.eps, s.y, s.residual_out = <const void*> gain, eps, <void*> y, <void*> residual_out
+    s.tokens = tokens
+    return s

@@ -98,15 +98,18 @@ inline int64_t decode_scratch(const Attention& a) {
     return int64_t{a.num_heads} * a.head_dim + int64_t{a.group()} * TILE_TOKENS + int64_t{TILE_TOKENS} * a.head_dim;
 }
 
-// The partial [heads, head_dim + 2] of one split: accumulators, then the maximum and the sum.
+// The part of its KV heads of the partial [heads, head_dim + 2] of one split: accumulators, then the maximum and the sum.
 template <class T>
 void decode_split(const Attention& a, const Split& split, float* partial, float* scratch) {
     const int group = a.group(), head_dim = a.head_dim, stride = head_dim + 2;
     float* q = scratch;
     float* scores = q + int64_t{a.num_heads} * head_dim;
     float* widened = scores + int64_t{group} * TILE_TOKENS;
-    scaled_queries(static_cast<const T*>(a.q) + split.row * a.q_stride, int64_t{a.num_heads} * head_dim, a.scale, q);
-    for (int h = 0; h < a.num_heads; ++h) {
+    const int first_head = split.kv_begin * group, last_head = split.kv_end * group;
+    const int64_t skipped = int64_t{first_head} * head_dim;
+    scaled_queries(static_cast<const T*>(a.q) + split.row * a.q_stride + skipped,
+                   int64_t{last_head - first_head} * head_dim, a.scale, q + skipped);
+    for (int h = first_head; h < last_head; ++h) {
         for (int d = 0; d < head_dim; ++d) partial[h * stride + d] = 0;
         partial[h * stride + head_dim] = -1e38f;
         partial[h * stride + head_dim + 1] = 0;
@@ -116,7 +119,7 @@ void decode_split(const Attention& a, const Split& split, float* partial, float*
         int64_t offset[TILE_TOKENS];
         const float* rows[TILE_TOKENS];
         locate(a, split.row, first, count, offset);
-        for (int kv_head = 0; kv_head < a.num_kv_heads; ++kv_head) {
+        for (int kv_head = split.kv_begin; kv_head < split.kv_end; ++kv_head) {
             const int64_t start = int64_t{kv_head} * head_dim;
             widen(static_cast<const T*>(a.k) + start, offset, count, head_dim, widened, rows);
             dot_products(q + kv_head * group * head_dim, group, head_dim, rows, count, scores);

@@ -9,7 +9,7 @@
 #define TOKENSPEED_FUSED_BITS 256
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
-#pragma GCC target("avx2,fma,bmi2")
+#pragma GCC target("avx2,fma,f16c,bmi2")
 
 namespace tokenspeed::cpu::avx2 {
 namespace {
@@ -19,6 +19,7 @@ constexpr int LANES = 8;
 #include "elementwise.h"
 #include "linear_few.h"
 #include "linear_many.h"
+#include "panels.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 }  // namespace

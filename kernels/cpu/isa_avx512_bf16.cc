@@ -10,7 +10,7 @@
 #define TOKENSPEED_BFLOAT16_PRODUCTS
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 
 namespace tokenspeed::cpu::avx512_bf16 {
 namespace {
@@ -20,6 +20,7 @@ constexpr int LANES = 16;
 #include "elementwise.h"
 #include "linear_few.h"
 #include "linear_many.h"
+#include "panels.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 }  // namespace

@@ -11,6 +11,7 @@ constexpr int LANES = 4;
 #include "elementwise.h"
 #include "linear_few.h"
 #include "linear_many.h"
+#include "panels.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 }  // namespace

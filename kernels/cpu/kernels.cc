@@ -29,7 +29,7 @@ bool supports(Isa isa) {
             return true;
 #if defined(__x86_64__)
         case Isa::avx2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
         case Isa::avx512:
             return supports(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -59,20 +59,6 @@ const Kernels* kernels(Isa isa, Type type) {
 
 namespace {
 
-// The first row whose length or blocks are out of range: a wrong table must not become a wild read.
-int64_t check_rows(const Attention& a) {
-    for (int row = 0; row < a.rows; ++row) {
-        const int64_t length = a.kv_len[row];
-        const int64_t blocks = (length + a.block_size - 1) / a.block_size;
-        if (length < 1 || blocks > a.table_width) return row;
-        const int32_t* table = a.block_table + row * a.table_stride;
-        for (int64_t i = 0; i < blocks; ++i) {
-            if (table[i] < 0 || table[i] >= a.num_blocks) return row;
-        }
-    }
-    return OK;
-}
-
 // The first of the tokens whose position (or slot) is not below `limit`.
 int64_t check_positions(const int64_t* positions, int64_t tokens, int64_t limit) {
     for (int64_t t = 0; t < tokens; ++t) {
@@ -81,11 +67,23 @@ int64_t check_positions(const int64_t* positions, int64_t tokens, int64_t limit)
     return OK;
 }
 
-constexpr int64_t NOT_STORED = -1;  // kv_store's slot of a token that has none
-
 int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 }  // namespace
+
+// The first row whose length or blocks are out of range: a wrong table must not become a wild read.
+int64_t check_rows(const Attention& a) {
+    for (int row = 0; row < a.rows; ++row) {
+        const int64_t length = a.kv_len[row];
+        const int64_t blocks = (length + a.block_size - 1) / a.block_size;
+        if (length < 0 || blocks > a.table_width) return row;
+        const int32_t* table = a.block_table + row * a.table_stride;
+        for (int64_t i = 0; i < blocks; ++i) {
+            if (table[i] < 0 || table[i] >= a.num_blocks) return row;
+        }
+    }
+    return OK;
+}
 
 int64_t mha_decode(const Kernels& kernels, const Attention& a, int threads) {
     if (const int64_t bad = check_rows(a); bad != OK) return bad;
@@ -96,7 +94,7 @@ int64_t mha_decode(const Kernels& kernels, const Attention& a, int threads) {
         first[row] = static_cast<int64_t>(splits.size());
         for (int32_t begin = 0; begin < a.kv_len[row]; begin += SPLIT_TOKENS) {
             const int32_t end = begin + SPLIT_TOKENS;
-            splits.push_back({row, begin, end < a.kv_len[row] ? end : a.kv_len[row]});
+            splits.push_back({row, begin, end < a.kv_len[row] ? end : a.kv_len[row], 0, a.num_kv_heads});
         }
     }
     const int64_t num_splits = static_cast<int64_t>(splits.size());
@@ -104,11 +102,21 @@ int64_t mha_decode(const Kernels& kernels, const Attention& a, int threads) {
     const int64_t each = round_up(kernels.decode_scratch(a));
     float* memory = scratch(each * threads + num_splits * partial_size(a));
     float* partials = memory + each * threads;
-    parallel(num_splits, threads, [&](int64_t i, int worker) {
-        kernels.decode_split(a, splits[i], partials + i * partial_size(a), memory + worker * each);
+    // Few and short rows: every head by itself, so that no thread is without work. No sum runs over heads.
+    const int64_t cuts = num_splits < 2 * threads ? a.num_kv_heads : 1;
+    parallel(num_splits * cuts, threads, [&](int64_t task, int worker) {
+        const int64_t i = task / cuts;
+        Split part = splits[i];
+        if (cuts > 1) part.kv_begin = static_cast<int32_t>(task % cuts), part.kv_end = part.kv_begin + 1;
+        kernels.decode_split(a, part, partials + i * partial_size(a), memory + worker * each);
     });
     parallel_ranges(a.rows, num_splits / a.rows * partial_size(a), threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
+            if (first[row] == first[row + 1]) {
+                const int64_t bytes = int64_t{a.num_heads} * a.head_dim * kernels.item_size;
+                std::memset(static_cast<char*>(a.out) + row * bytes, 0, static_cast<size_t>(bytes));
+                continue;
+            }
             kernels.decode_combine(a, static_cast<int>(row), partials + first[row] * partial_size(a),
                                    static_cast<int>(first[row + 1] - first[row]));
         }
@@ -197,6 +205,12 @@ void product_tasks(const Linear& a, int64_t block, int64_t row_step, int64_t siz
     });
 }
 
+// Tokens of a block: as even as they can be, not more than LINEAR_BLOCK.
+int64_t block_tokens(int64_t tokens) {
+    const int64_t blocks = (tokens + LINEAR_BLOCK - 1) / LINEAR_BLOCK;
+    return (tokens + 6 * blocks - 1) / (6 * blocks) * 6;
+}
+
 void linear_few(const Kernels& kernels, const Linear& a, int threads) {
     const int64_t packed_size = round_up(a.tokens * a.packed_stride()), each = round_up(LINEAR_ROWS * a.tokens);
     float* packed = scratch(packed_size + each * threads);
@@ -212,15 +226,38 @@ void linear_few(const Kernels& kernels, const Linear& a, int threads) {
 }
 
 void linear_many(const Kernels& kernels, const Linear& a, int threads) {
-    const int64_t blocks = (a.tokens + LINEAR_BLOCK - 1) / LINEAR_BLOCK;
-    const int64_t block = (a.tokens + 6 * blocks - 1) / (6 * blocks) * 6;
-    const int64_t widened_size = round_up((a.tokens + 6) * a.columns), each = round_up(kernels.linear_many_scratch(block));
+    const int64_t block = block_tokens(a.tokens);
+    const int64_t widened_size = round_up(a.tokens * a.columns), each = round_up(kernels.linear_many_scratch(block));
     float* widened = scratch(widened_size + each * threads);
     parallel_ranges(a.tokens, a.columns, threads,
                     [&](int64_t begin, int64_t end) { kernels.linear_many_widen(a, begin, end, widened); });
     // 30 µs, as a rule one strip.
     product_tasks(a, block, kernels.linear_strip, 1 << 20, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int worker) {
         kernels.linear_many_rows(a, widened, begin, end, first, last, widened + widened_size + worker * each);
+    });
+}
+
+void panels_few(const Kernels& kernels, const Linear& a, int threads) {
+    float* widened = scratch(round_up(a.tokens * a.packed_stride()));
+    kernels.panels_widen(a, 0, a.tokens, widened);
+    Linear panels = a;  // its rows are panels of as many weights as PANEL_ROWS rows
+    panels.rows = a.panels(), panels.columns = a.columns * PANEL_ROWS;
+    product_tasks(panels, a.tokens, 2, int64_t{1} << 17, threads,
+                  [&](int64_t, int64_t, int64_t first, int64_t last, int) {
+                      kernels.forms[static_cast<int>(a.form)].few(a, widened, first, last);
+                  });
+}
+
+void panels_many(const Kernels& kernels, const Linear& a, int threads) {
+    const int64_t block = block_tokens(a.tokens), strip = kernels.linear_strip / PANEL_ROWS;
+    const int64_t widened_size = round_up(a.tokens * a.packed_stride()), each = round_up(kernels.linear_many_scratch(block));
+    float* widened = scratch(widened_size + each * threads);
+    parallel_ranges(a.tokens, a.columns, threads,
+                    [&](int64_t begin, int64_t end) { kernels.panels_widen(a, begin, end, widened); });
+    Linear panels = a;
+    panels.rows = a.panels(), panels.columns = a.columns * PANEL_ROWS;
+    product_tasks(panels, block, strip, 1 << 20, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int worker) {
+        kernels.forms[static_cast<int>(a.form)].many(a, widened, begin, end, first, last, widened + widened_size + worker * each);
     });
 }
 
@@ -231,7 +268,8 @@ void linear(const Kernels& kernels, const Linear& a, int threads) {
     // Less than 5 µs of work is done before a helper is awake.
     const bool small = a.tokens * a.rows * a.columns < 1 << 15;
     threads = small || threads < 1 ? 1 : (threads < MAX_THREADS ? threads : MAX_THREADS);
-    if (a.tokens <= LINEAR_FEW) return linear_few(kernels, a, threads);
+    const bool packed = a.form != Form::rows;
+    if (a.tokens <= (packed ? PANELS_FEW : LINEAR_FEW)) return packed ? panels_few(kernels, a, threads) : linear_few(kernels, a, threads);
     // Widened tokens stay below 16 MiB.
     const int64_t most = LINEAR_BLOCK + (int64_t{1} << 22) / (a.columns < 1 ? 1 : a.columns);
     const int64_t item = kernels.item_size, out_item = a.float_out ? static_cast<int64_t>(sizeof(float)) : item;
@@ -240,8 +278,22 @@ void linear(const Kernels& kernels, const Linear& a, int threads) {
         part.x = static_cast<const char*>(a.x) + t * a.x_stride * item;
         part.out = static_cast<char*>(a.out) + t * a.rows * out_item;
         part.tokens = a.tokens - t < most ? a.tokens - t : most;
-        linear_many(kernels, part, threads);
+        if (packed) {
+            panels_many(kernels, part, threads);
+        } else {
+            linear_many(kernels, part, threads);
+        }
     }
+}
+
+int64_t embedding(const Kernels& kernels, Form form, const void* table, int64_t num_rows, int64_t columns,
+                  const int64_t* ids, int64_t tokens, void* out) {
+    if (const int64_t bad = check_positions(ids, tokens, num_rows); bad != OK) return bad;
+    for (int64_t t = 0; t < tokens; ++t) {
+        kernels.forms[static_cast<int>(form)].row(table, ids[t], columns,
+                                                  static_cast<char*>(out) + t * columns * kernels.item_size);
+    }
+    return OK;
 }
 
 }  // namespace tokenspeed::cpu

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "forms.h"
+
 namespace tokenspeed::cpu {
 
 enum class Type { f32, bf16 };
@@ -34,11 +36,13 @@ struct Attention {
     int64_t token_stride() const { return int64_t{num_kv_heads} * head_dim; }
 };
 
-// KV tokens [begin, end) of a row: the part of a decode that one task computes, for every head.
+// KV tokens [begin, end) of a row for the KV heads [kv_begin, kv_end): the part of a decode that one task computes.
 struct Split {
     int32_t row;
     int32_t begin;
     int32_t end;
+    int32_t kv_begin;
+    int32_t kv_end;
 };
 
 // Query tokens [begin, end) of q, all of one row, for one KV head. The first of them sees `visible`
@@ -64,11 +68,15 @@ struct Linear {
     int64_t columns;  // of the weight: K
     int64_t rows;     // of the weight: N
     bool float_out;   // out is float32, whatever the type of x
+    Form form;        // of the weight; weight_stride is of `rows` alone
 
     int64_t packed_stride() const { return (columns + 31) / 32 * 32; }
+    int64_t groups() const { return (columns + GROUP - 1) / GROUP; }
+    int64_t panels() const { return (rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 };
 
 constexpr int LINEAR_FEW = 32;      // tokens up to which weights are used as they lie
+constexpr int PANELS_FEW = 4;       // tokens up to which packed weights are unpacked in registers
 constexpr int LINEAR_ROWS = 8;      // few: weight rows that share one pass over the tokens
 constexpr int LINEAR_PANEL = 1024;  // few: elements of a row between two reductions of the sums
 constexpr int LINEAR_BLOCK = 252;   // many: tokens that share a strip of transposed weights
@@ -76,6 +84,14 @@ constexpr int LINEAR_DEPTH = 256;   // many: elements of a row in a strip
 constexpr int SPLIT_TOKENS = 256;  // a constant, so that a row's result does not depend on its batch
 constexpr int TILE_TOKENS = 64;    // KV tokens between two rescalings of the online softmax
 constexpr int TILE_ROWS = 96;      // query rows (tokens × heads of the group) that share one pass over the KV
+
+// Products with one form of packed weights. `x`: tokens widened to packed_stride() floats.
+struct FormKernels {
+    void (*few)(const Linear&, const float* x, int64_t first_panel, int64_t last_panel);
+    void (*many)(const Linear&, const float* x, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
+                 float* scratch);
+    void (*row)(const void* table, int64_t row, int64_t columns, void* out);
+};
 
 // What each instruction set provides for each type. Elementwise functions work on tokens [begin, end).
 // A partial of a split is num_heads × (head_dim accumulators, maximum, sum).
@@ -99,6 +115,8 @@ struct Kernels {
     int64_t (*linear_many_scratch)(int64_t tokens);
     void (*linear_many_rows)(const Linear&, const float* widened, int64_t begin, int64_t end, int64_t first_row,
                              int64_t last_row, float* scratch);
+    void (*panels_widen)(const Linear&, int64_t begin, int64_t end, float* widened);
+    FormKernels forms[NUM_FORMS];  // by Form; `rows` has none
 };
 
 // Whether this processor runs it, and this build has it.
@@ -109,9 +127,11 @@ const Kernels* kernels(Isa, Type);
 inline int64_t partial_size(const Attention& a) { return int64_t{a.num_heads} * (a.head_dim + 2); }
 
 constexpr int64_t OK = -1;
+constexpr int64_t NOT_STORED = -1;  // kv_store's slot of a token that has none
 
 // What returns a number returns OK, or the first row or token whose length, block, position or slot is out of
 // range; nothing is written then. Strides are in elements, of kv_store in bytes.
+int64_t check_rows(const Attention&);
 int64_t mha_decode(const Kernels&, const Attention&, int threads);
 int64_t mha_prefill(const Kernels&, const Attention&, const int32_t* query_start, int threads);
 int64_t rotary(const Kernels&, void* q, int64_t q_stride, int64_t q_head_stride, int64_t q_heads, void* k,
@@ -124,5 +144,8 @@ void rms_norm(const Kernels&, const void* x, int64_t x_stride, const void* resid
 void silu_mul(const Kernels&, const void* gate_up, int64_t stride, void* out, int64_t tokens, int64_t size,
               int threads);
 void linear(const Kernels&, const Linear&, int threads);
+// Rows of a packed table; or the place of the first id that is not below num_rows.
+int64_t embedding(const Kernels&, Form, const void* table, int64_t num_rows, int64_t columns, const int64_t* ids,
+                  int64_t tokens, void* out);
 
 }  // namespace tokenspeed::cpu

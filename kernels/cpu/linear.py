@@ -44,6 +44,7 @@ def bind(kernels: _ops.Kernels, target: Target, traits: Traits) -> Kernel:
             tokens,
             columns,
             rows,
+            "rows",
             torch.get_num_threads(),
         )
         return out

@@ -3,8 +3,6 @@
 // A strip of weight rows is transposed and widened into the cache, then multiplies all tokens of a block. The
 // sum of an output runs over k in order, so its bits do not depend on the tokens beside it here either.
 
-constexpr int STRIP = STEP_VECTORS * LANES;
-
 template <class T>
 void linear_many_widen(const Linear& a, int64_t begin, int64_t end, float* widened) {
     const int64_t whole = a.columns - a.columns % LANES;
@@ -33,9 +31,9 @@ inline void transpose_weights(const T* weight, int64_t stride, int rows, int dep
     }
 }
 
-inline int64_t linear_many_scratch(int64_t tokens) { return STRIP * (LINEAR_DEPTH + tokens + STEP_ROWS) + tokens + STEP_ROWS; }
+inline int64_t linear_many_scratch(int64_t tokens) { return STRIP * (LINEAR_DEPTH + tokens); }
 
-// Weight rows [first_row, last_row) against the widened tokens [begin, end), behind which STEP_ROWS more are readable.
+// Weight rows [first_row, last_row) against the widened tokens [begin, end).
 template <class T>
 void linear_many_rows(const Linear& a, const float* widened, int64_t begin, int64_t end, int64_t first_row,
                    int64_t last_row, float* scratch) {
@@ -43,21 +41,13 @@ void linear_many_rows(const Linear& a, const float* widened, int64_t begin, int6
     const T* bias = static_cast<const T*>(a.bias);
     float* strip = scratch;
     float* sums = strip + STRIP * LINEAR_DEPTH;
-    float* ones = sums + STRIP * (tokens + STEP_ROWS);
-    for (int t = 0; t < tokens + STEP_ROWS; ++t) ones[t] = 1;
     for (int64_t n = first_row; n < last_row; n += STRIP) {
         const int rows = static_cast<int>(last_row - n < STRIP ? last_row - n : STRIP);
         for (int64_t k = 0; k == 0 || k < a.columns; k += LINEAR_DEPTH) {
             const int depth = static_cast<int>(a.columns - k < LINEAR_DEPTH ? a.columns - k : LINEAR_DEPTH);
             transpose_weights(static_cast<const T*>(a.weight) + n * a.weight_stride + k, a.weight_stride, rows, depth,
                               strip);
-            const auto row_of_strip = [&](int i) { return strip + i * STRIP; };
-            const float* x = widened + begin * a.columns + k;
-            if (k == 0) {
-                multiply<false>(x, a.columns, row_of_strip, tokens, STRIP, depth, ones, sums, STRIP);
-            } else {
-                multiply<true>(x, a.columns, row_of_strip, tokens, STRIP, depth, ones, sums, STRIP);
-            }
+            product(widened + begin * a.columns + k, a.columns, strip, tokens, STRIP, depth, k > 0, sums);
         }
         for (int t = 0; t < tokens; ++t) {
             write_sums(a, bias, begin + t, n, rows, sums + t * STRIP);

@@ -152,16 +152,20 @@ void run_tasks(int64_t count, int threads, Task task, const void* context) {
     for (int64_t i = 0; i < count; ++i) task(context, i, 0);
 }
 
-float* scratch(size_t floats) {
-    thread_local std::unique_ptr<float[], Free> memory;
-    thread_local size_t size = 0;
-    if (floats > size) {
-        memory.reset();
-        size = 0;
-        memory.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64})));
-        size = floats;
+float* scratch(size_t floats, Scratch holder) {
+    struct Held {
+        std::unique_ptr<float[], Free> memory;
+        size_t size = 0;
+    };
+    thread_local Held held[2];
+    Held& of = held[static_cast<int>(holder)];
+    if (floats > of.size) {
+        of.memory.reset();
+        of.size = 0;
+        of.memory.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64})));
+        of.size = floats;
     }
-    return memory.get();
+    return of.memory.get();
 }
 
 int num_helpers() { return pool().helpers(); }

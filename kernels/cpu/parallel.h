@@ -37,8 +37,12 @@ void parallel_ranges(int64_t count, int64_t cost, int threads, const Body& body)
              [&](int64_t piece, int) { body(count * piece / pieces, count * (piece + 1) / pieces); });
 }
 
-// Grow-only memory of the calling thread, 64-byte aligned; valid until its next call. Throws std::bad_alloc.
-float* scratch(size_t floats);
+// Who holds scratch memory: a kernel, or a block while its kernels run.
+enum class Scratch { kernel, block };
+
+// Grow-only memory of the calling thread, 64-byte aligned; valid until its next call for the same holder. Throws
+// std::bad_alloc.
+float* scratch(size_t floats, Scratch holder = Scratch::kernel);
 
 // Helpers that this process has started so far.
 int num_helpers();

@@ -179,15 +179,21 @@ def mla_prefill_cases() -> Iterator[Case]:
         ((3, 1, 20), (70, 1, 129), 3, 16, 24, 20, 32, 8),
         ((2, 9, 1), (50, 9, 40), 2, 16, 16, 32, 32, 16),
         ((70,), (130,), 2, 16, 16, 16, 16, 16),
+        ((40,), (330,), 1, 16, 16, 16, 16, 16),  # more parts than one merge takes, where pieces are of 32
         ((3, 200, 260, 7), (3, 700, 260, 400), 4, 64, 128, 128, 512, 64),
         ((300,), (1500,), 5, 64, 64, 128, 512, 64),
+        # Long chunks: alone, padded, behind whole pieces of 8,192 cached tokens and a rest.
+        ((1024, 2, 600), (1024, 30, 600), 2, 64, 128, 128, 512, 64),
+        ((520,), (8712,), 2, 64, 128, 128, 512, 64),
+        ((600,), (9600,), 1, 16, 128, 128, 256, 64),
     ):
         traits = {
             "num_heads": heads, "nope_dim": nope, "v_dim": value, "kv_lora_rank": rank, "rope_dim": rope,
             "block_size": block_size,
         }  # fmt: skip
         name = f"{query_lens} of {kv_lens}, {heads} heads, {nope}+{rope} → {value}, {rank}"
-        yield Case(name, traits, partial(mla_prefill_arguments, query_lens, kv_lens, traits))
+        large = max(query_lens) > 512
+        yield Case(name, traits, partial(mla_prefill_arguments, query_lens, kv_lens, traits), large=large)
 
 
 def mla_prefill_arguments(

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MoeWeights
+from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MlpWeights, MoeWeights
+from tokenspeed.kernels.forms import ROWS, Matrix, pack
 from tokenspeed.kernels.numerics.attention_cases import paged_cache
 from tokenspeed.kernels.numerics.case import Arguments, Case, Results, normal, weight
-from tokenspeed.kernels.numerics.dense_cases import angles
+from tokenspeed.kernels.numerics.dense_cases import angles, packed_weight
 from tokenspeed.kernels.numerics.step_cases import sampler_state
 from tokenspeed.kernels.registry import TraitValue
 from tokenspeed.kernels.sampler_state import EDITS, RANDOM
@@ -46,17 +47,29 @@ def _stored(cache: Tensor, rows: CacheRows) -> Tensor:
 
 
 def gqa_block_cases() -> Iterator[Case]:
-    for lengths, hidden, heads, kv_heads, head_dim, block_size, qk_norm, bias, edge in (
-        ((1,), 64, 4, 2, 16, 16, False, True, "residual"),
-        ((70, 1, 33), 96, 6, 2, 32, 16, True, False, "normed"),
-        ((130, 64, 65, 2, 17), 128, 8, 1, 64, 64, False, False, "first"),
+    for lengths, hidden, heads, kv_heads, head_dim, block_size, qk_norm, bias, edge, forms in (
+        ((1,), 64, 4, 2, 16, 16, False, True, "residual", (ROWS, ROWS)),
+        ((70, 1, 33), 96, 6, 2, 32, 16, True, False, "normed", (ROWS, ROWS)),
+        ((130, 64, 65, 2, 17), 128, 8, 1, 64, 64, False, False, "first", (ROWS, ROWS)),
+        ((300, 1), 64, 4, 2, 16, 16, False, True, "residual", ("q4_1", "q8_0")),
+        ((70, 0, 33, 600, 5, 1), 96, 6, 2, 32, 16, True, False, "normed", ("panels", "q4_0")),
+        ((9,), 128, 8, 1, 64, 64, False, True, "first", ("q8_0", "panels")),
     ):
         traits: dict[str, TraitValue] = {
             "hidden_size": hidden, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim,
-            "block_size": block_size, "interleaved": False,
+            "block_size": block_size, "interleaved": False, "qkv_form": forms[0], "out_form": forms[1],
         }  # fmt: skip
-        name = f"{len(lengths)} rows to {max(lengths)}, {heads}/{kv_heads}x{head_dim}, {edge}"
+        name = f"{len(lengths)} rows to {max(lengths)}, {heads}/{kv_heads}x{head_dim}, {edge}, {forms[0]}, {forms[1]}"
         yield Case(name, traits, partial(gqa_block_arguments, lengths, traits, qk_norm, bias, edge), _gqa_results)
+
+
+def _matrix(form: Any, g: torch.Generator, dtype: torch.dtype, rows: int, columns: int) -> Matrix:
+    """A projection that keeps the size of what it multiplies."""
+    if form == ROWS:
+        return weight(g, dtype, rows, columns)
+    if form == "panels":
+        return pack(weight(g, dtype, rows, columns))
+    return packed_weight(form, rows, columns, g, dtype, columns**-0.5)
 
 
 def gqa_block_arguments(
@@ -68,12 +81,12 @@ def gqa_block_arguments(
     cache, table = paged_cache(g, dtype, lengths, sizes["block_size"], kv_heads, 2 * head_dim)
     width = (heads + 2 * kv_heads) * head_dim
     weights = GqaWeights(
-        qkv=weight(g, dtype, width, hidden),
+        qkv=_matrix(sizes["qkv_form"], g, dtype, width, hidden),
         qkv_bias=normal(g, dtype, width) if bias else None,
         q_gain=_gain(g, dtype, head_dim) if qk_norm else None,
         k_gain=_gain(g, dtype, head_dim) if qk_norm else None,
         cos_sin=angles(g, max(lengths), head_dim),
-        out=weight(g, dtype, hidden, heads * head_dim),
+        out=_matrix(sizes["out_form"], g, dtype, hidden, heads * head_dim),
         out_bias=normal(g, dtype, hidden) if bias else None,
     )
     k, v = (half.contiguous() for half in cache.tensor_split(2, dim=-1))
@@ -89,6 +102,38 @@ def _contribution(value: tuple[Tensor, Tensor | None]) -> Results:
 def _gqa_results(arguments: Arguments, value: tuple[Tensor, Tensor | None]) -> Results:
     _, _, _, _, k, v, rows, _ = arguments
     return *_contribution(value), _stored(k, rows), _stored(v, rows)
+
+
+def mlp_block_cases() -> Iterator[Case]:
+    for tokens, hidden, inner, bias, edge, forms in (
+        (1, 64, 96, True, "residual", (ROWS, ROWS)),
+        (5, 96, 64, False, "normed", (ROWS, ROWS)),
+        (1, 96, 160, False, "residual", ("q4_1", "q4_1")),
+        (4, 64, 64, True, "first", ("q4_k", "q8_0")),
+        (9, 128, 96, False, "residual", ("panels", "q4_0")),
+    ):
+        traits: dict[str, TraitValue] = {
+            "hidden_size": hidden, "intermediate_size": inner, "gate_up_form": forms[0], "down_form": forms[1],
+        }  # fmt: skip
+        name = f"{tokens}x{hidden}, {inner} wide, {edge}, {forms[0]}, {forms[1]}"
+        yield Case(name, traits, partial(mlp_block_arguments, tokens, traits, bias, edge), _mlp_results)
+
+
+def mlp_block_arguments(
+    tokens: int, sizes: Sizes, bias: bool, edge: str, g: torch.Generator, dtype: torch.dtype
+) -> Arguments:
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    weights = MlpWeights(
+        gate_up=_matrix(sizes["gate_up_form"], g, dtype, 2 * inner, hidden),
+        gate_up_bias=normal(g, dtype, 2 * inner) if bias else None,
+        down=_matrix(sizes["down_form"], g, dtype, hidden, inner),
+        down_bias=normal(g, dtype, hidden) if bias else None,
+    )
+    return normal(g, dtype, tokens, hidden), _edge(g, dtype, edge, tokens, hidden), weights
+
+
+def _mlp_results(arguments: Arguments, value: tuple[Tensor, Tensor | None]) -> Results:
+    return _contribution(value)
 
 
 def mla_block_cases() -> Iterator[Case]:

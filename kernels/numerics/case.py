@@ -31,6 +31,7 @@ class Case:
     `exact`: the results are numbers of tokens and places, which have no rounding. Such a case runs in float32 alone.
     `wide`: results are in float32 whatever the type of the arguments, and as exact as that.
     `captured`: among its rows is the padding of a captured step, which kernels of the CPU never see.
+    `large`: takes seconds on a CPU, and is there for what only a GPU does with many tokens.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Case:
     exact: bool = False
     wide: bool = False
     captured: bool = False
+    large: bool = False
 
 
 def normal(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:

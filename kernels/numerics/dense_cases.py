@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tokenspeed.kernels.forms import FORMS, GROUP, QUANTISED, Packed, pack, pack_quantised
 from tokenspeed.kernels.numerics.case import Arguments, Case, Results, normal
 
 
@@ -36,6 +37,68 @@ def lm_head_cases() -> Iterator[Case]:
 
 def lm_head_arguments(rows: int, hidden: int, vocab: int, g: torch.Generator, dtype: torch.dtype) -> Arguments:
     return normal(g, dtype, rows, hidden), normal(g, dtype, vocab, hidden)
+
+
+def packed_cases() -> Iterator[tuple[str, int, int, int, bool]]:
+    """form, tokens, columns, rows, bias: every path of every form, and what is not full where it may be."""
+    sizes = ((1, 18, 193), (2, 3, 16), (3, 1, 80), (4, 9, 33), (5, 18, 40), (16, 2, 130), (70, 9, 97))
+    for form in FORMS[1:]:
+        for tokens, groups, rows in sizes:
+            ragged = 5 if form == "panels" else 0
+            yield form, tokens, groups * GROUP - ragged, rows, rows % 2 == 1
+
+
+def packed_weight(
+    form: str, rows: int, columns: int, g: torch.Generator, dtype: torch.dtype, size: float = 1.0
+) -> Packed:
+    """Weights of about this size."""
+    if form == "panels":
+        return pack(normal(g, dtype, rows, columns))
+    kind, groups = QUANTISED[form], columns // GROUP
+    most = 1 << kind.bits
+    values = torch.randint(0, most, (rows, columns), generator=g, dtype=torch.int32)
+    values = (values if kind.bits < 8 else values - most // 2).to(torch.uint8 if kind.bits < 8 else torch.int8)
+    # Of few bits, as they are in files: a product with a value is exact.
+    scales = (torch.randn(rows, groups, generator=g) * 4 * size / most).half().to(kind.scale)
+    minimums = (torch.randn(rows, groups, generator=g) * size).to(kind.scale) if kind.minimums else None
+    return pack_quantised(form, values, scales, minimums)
+
+
+def packed_linear_cases() -> Iterator[Case]:
+    for form, tokens, k, n, bias in packed_cases():
+        name = f"{form} {tokens}x{k}x{n}{'+bias' if bias else ''}"
+        yield Case(name, {"matrix_form": form}, partial(packed_linear_arguments, form, tokens, k, n, bias))
+
+
+def packed_linear_arguments(
+    form: str, tokens: int, k: int, n: int, bias: bool, g: torch.Generator, dtype: torch.dtype
+) -> Arguments:
+    x, weight = normal(g, dtype, tokens, k + 3)[:, :k], packed_weight(form, n, k, g, dtype)
+    return x, weight, normal(g, dtype, n) if bias else None
+
+
+def packed_lm_head_cases() -> Iterator[Case]:
+    for form, rows, hidden, vocab, _ in packed_cases():
+        made = partial(packed_lm_head_arguments, form, rows, hidden, vocab)
+        yield Case(f"{form} {rows}x{hidden} → {vocab}", {"matrix_form": form}, made, wide=True)
+
+
+def packed_lm_head_arguments(
+    form: str, rows: int, hidden: int, vocab: int, g: torch.Generator, dtype: torch.dtype
+) -> Arguments:
+    return normal(g, dtype, rows, hidden), packed_weight(form, vocab, hidden, g, dtype)
+
+
+def packed_embedding_cases() -> Iterator[Case]:
+    for form, tokens, size, rows, _ in packed_cases():
+        made = partial(packed_embedding_arguments, form, tokens, rows, size)
+        yield Case(f"{form} {tokens} of {rows}x{size}", {"matrix_form": form}, made)
+
+
+def packed_embedding_arguments(
+    form: str, tokens: int, rows: int, size: int, g: torch.Generator, dtype: torch.dtype
+) -> Arguments:
+    return torch.randint(0, rows, (tokens,), generator=g), packed_weight(form, rows, size, g, dtype)
 
 
 def embedding_cases() -> Iterator[Case]:

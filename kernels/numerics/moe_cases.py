@@ -57,12 +57,14 @@ def moe_experts_cases() -> Iterator[Case]:
         (3, 192, 64, 8, 3, 0, 1),
         (19, 64, 192, 4, 2, 1, 2),
         (2, 64, 64, 4, 1, 1, 2),
+        (600, 64, 64, 20, 3, 1, 9),
+        (2100, 128, 192, 64, 6, 2, 0),
     ):
         traits = {
             "num_experts": experts + shared, "num_shared": shared, "hidden_size": hidden, "intermediate_size": inner
         }  # fmt: skip
         made = partial(moe_experts_arguments, tokens, hidden, inner, experts, top_k, shared, padding)
-        yield Case(f"{tokens} tokens, {experts}+{shared} experts, {padding} padding", traits, made)
+        yield Case(f"{tokens} tokens, {experts}+{shared} experts, {padding} padding", traits, made, large=tokens > 512)
 
 
 def moe_experts_arguments(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tokenspeed.kernels.composed.blocks import BLOCKS, bind_block
 from tokenspeed.kernels.reference import (
+    all_reduce_norm,
     decode_inputs,
     embedding,
     kv_store,
@@ -19,6 +20,7 @@ from tokenspeed.kernels.reference import (
     mla_prefill,
     moe_experts,
     moe_route,
+    packed,
     quantise,
     rms_norm,
     rotary,
@@ -30,6 +32,7 @@ from tokenspeed.kernels.registry import Implementation, Kernel, Target, TraitVal
 _PRIMITIVES = {
     module.IMPLEMENTATION.op: module.IMPLEMENTATION
     for module in (
+        all_reduce_norm,
         decode_inputs,
         embedding,
         kv_store,
@@ -47,7 +50,7 @@ _PRIMITIVES = {
         sample,
         silu_mul,
     )
-}
+} | {each.op: each for each in packed.IMPLEMENTATIONS}
 
 
 def _choose(op: str, target: Target, **traits: TraitValue) -> Kernel:

@@ -41,7 +41,7 @@ def implementations() -> tuple[Implementation, ...]:
     """The ops that have a Triton version; on a CPU only where the process asked for Triton's interpreter."""
     gpu = (
         *(_gpu(op, _FLOATS) for op in ("decode_inputs", "embedding", "kv_store", "linear", "rms_norm", "rotary")),
-        *(_gpu(op, _FLOATS) for op in ("lm_head", "sample", "silu_mul")),
+        *(_gpu(op, _FLOATS) for op in ("all_reduce_norm", "lm_head", "sample", "silu_mul")),
         _gpu("mha_decode", _FLOATS, head_dim=Multiple(of=16, at_most=256), block_size=Multiple(of=16)),
         _gpu("mha_prefill", _FLOATS, head_dim=Multiple(of=16, at_most=256), block_size=Multiple(of=16)),
         _gpu("mla_decode", kv_lora_rank=_POWERS, rope_dim=_POWERS, block_size=Multiple(of=16)),

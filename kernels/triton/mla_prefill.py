@@ -11,6 +11,7 @@ the softmax's running maximum, denominator and output go from segment to segment
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,12 +33,19 @@ ABSORBED = 128
 COLUMNS = 64
 """(query, head) pairs of a slice: what a program of `mla_decode` takes at once."""
 
+LN_2: tl.constexpr = tl.constexpr(math.log(2))
+
+COPIED = 256
+"""Entries of a block table that a program copies."""
+
 WORKSPACE = 128 << 20
 """Bytes of expanded keys and values, or of absorbed queries, at a time."""
 
 
 # Slices of a step's rows begin anywhere: by their alignment there would be eight kernels, compiled when first met.
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["block_table", "query_start", "kv_len"])
+@triton.jit(
+    do_not_specialize=["num_rows", "width"], do_not_specialize_on_alignment=["block_table", "query_start", "kv_len"]
+)
 def _slices(
     block_table, query_start, kv_len, slice_table, slice_len, tokens, places, num_rows, table_stride, width,
     QUERIES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -86,14 +94,16 @@ def _attend(
     return m_new, denominator * decay + tl.sum(p, 1), acc
 
 
-@triton.jit(do_not_specialize=["num_new", "segment_start", "segment_len"], do_not_specialize_on_alignment=["kv_len"])
+@triton.jit(
+    do_not_specialize=["num_new", "segment_start", "segment_len", "lse_head"], do_not_specialize_on_alignment=["kv_len"]
+)
 def _expanded(
-    q, keys, values, latents, kv_len, running, running_m, running_denominator, out,
+    q, keys, values, latents, kv_len, running, running_m, running_denominator, out, lse, lse_head,
     scale_log2, num_new, segment_start, segment_len, q_token, q_head,
     HEADS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     N_PADDED: tl.constexpr, P_PADDED: tl.constexpr, V_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, HAS_LSE: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
@@ -152,6 +162,8 @@ def _expanded(
     if LAST:
         result = (acc / denominator[:, None]).to(out.dtype.element_ty)
         tl.store(out + state[:, None] * V + at_v[None, :], result, mask=stored)
+        if HAS_LSE:
+            tl.store(lse + head * lse_head + member, (m + tl.log2(denominator)) * LN_2, mask=present)
     else:
         tl.store(running + state[:, None] * V + at_v[None, :], acc, mask=stored)
         tl.store(running_m + state, m, mask=present)
@@ -167,6 +179,16 @@ class Config:
     stages: int = 2
     warps: int = 8
     workspace: int = WORKSPACE
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A row's cache rows [L, C+P] from token `start` on, and whether nothing of the row comes before or after."""
+
+    latents: Tensor
+    start: int
+    first: bool = True
+    last: bool = True
 
 
 class MlaPrefill:
@@ -229,55 +251,67 @@ class MlaPrefill:
         query_lens: tuple[int, ...], width: int, up: tuple[Tensor, Tensor], scale: float, out: Tensor,
     ) -> None:  # fmt: skip
         k_up, v_up = up
-        queries = max(1, min(COLUMNS // self.heads, max(query_lens)))
+        # One kernel for a token a row and one for more, not one for every number that a chunk may have.
+        queries = 1 if max(query_lens) == 1 else max(1, COLUMNS // self.heads)
         num_slices = sum(triton.cdiv(new, queries) for new in query_lens)
         empty = partial(torch.empty, dtype=torch.int32, device=q.device)
         table, lengths = empty((num_slices, width)), empty(num_slices)
         tokens, places = empty(num_slices * queries), empty(q.shape[0])
-        block = min(triton.next_power_of_2(width), 1024)
         dependent = is_hopper(q.device)
-        _slices[num_slices, triton.cdiv(width, block)](
+        _slices[num_slices, triton.cdiv(width, COPIED)](
             block_table, query_start, kv_len, table, lengths, tokens, places,
             len(query_lens), block_table.stride(0), width,
             QUERIES=queries, PADDED=triton.next_power_of_2(queries),
             ROWS=max(64, triton.next_power_of_2(len(query_lens))),
-            BLOCK=block, DEPENDENT=dependent, num_warps=4, **dependent_launch(dependent),
+            BLOCK=COPIED, DEPENDENT=dependent, num_warps=4, **dependent_launch(dependent),
         )  # fmt: skip
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         latent = torch.bmm(q_nope.transpose(0, 1), k_up).transpose(0, 1)
         sliced = [each.index_select(0, tokens).unflatten(0, (num_slices, queries)) for each in (latent, q_rope)]
         sums = self.decode(*sliced, kv_cache, table, lengths, scale).flatten(0, 1).index_select(0, places)
-        out.copy_(torch.bmm(sums.transpose(0, 1), v_up.transpose(1, 2)).transpose(0, 1))
+        torch.bmm(sums.transpose(0, 1), v_up.transpose(1, 2), out=out.transpose(0, 1))
 
     def _expanded(
         self, q: Tensor, kv_cache: Tensor, table: Tensor, kv_len: Tensor, length: int, up: tuple[Tensor, Tensor],
         scale: float, out: Tensor,
     ) -> None:  # fmt: skip
-        heads, new, device, wide = self.heads, q.shape[0], q.device, q.dtype is torch.float32
+        """One row: q [n,H,N+P] of the `length` tokens of the row's block table → out [n,H,V]."""
+        new, device = q.shape[0], q.device
         blocks = table[: triton.cdiv(length, self.block_size)]
-        a_block = heads * (self.nope + self.value) * q.element_size() * self.block_size
+        a_block = self.heads * (self.nope + self.value) * q.element_size() * self.block_size
         together = max(1, self.config.workspace // a_block)
         starts = range(0, blocks.shape[0], together)
-        running, m, denominator = out, kv_len, kv_len
+        # Of a lone segment nothing is kept. What stands for it is aligned, so that none compiles a kernel of its own.
+        running = m = denominator = out
         if len(starts) > 1:
-            running = torch.empty(new, heads, self.value, dtype=torch.float32, device=device)
-            m, denominator = torch.empty(2, new, heads, dtype=torch.float32, device=device)
-        block_m = 16 if wide else self.config.block_m
-        dependent = is_hopper(device)
+            running = torch.empty(new, self.heads, self.value, dtype=torch.float32, device=device)
+            m, denominator = torch.empty(2, new, self.heads, dtype=torch.float32, device=device)
         for start in starts:
             latents = kv_cache.index_select(0, blocks[start : start + together]).flatten(0, 1)
-            # Rows of all heads are one matrix each of keys and of values; the latents are the same for every head.
-            shared = latents[:, : self.rank].expand(heads, -1, -1)
-            k, v = (torch.bmm(shared, each.transpose(1, 2)) for each in up)
-            _expanded[heads, triton.cdiv(new, block_m)](
-                q, k, v, latents, kv_len, running, m, denominator, out,
-                scale * LOG2_E, new, start * self.block_size, latents.shape[0], *q.stride()[:2],
-                HEADS=heads, N=self.nope, P=self.rope, V=self.value, C=self.rank,
-                N_PADDED=_padded(self.nope), P_PADDED=_padded(self.rope), V_PADDED=_padded(self.value),
-                BLOCK_M=block_m, BLOCK_N=32 if wide else 64, FIRST=start == 0, LAST=start == starts[-1],
-                STAGES=1 if wide else self.config.stages, PRECISION="tf32x3" if wide else "tf32", DEPENDENT=dependent,
-                num_warps=4 if wide else self.config.warps, **dependent_launch(dependent),
-            )  # fmt: skip
+            segment = Segment(latents, start * self.block_size, start == 0, start == starts[-1])
+            self.attend(q, segment, kv_len, up, scale, (running, m, denominator), out)
+
+    def attend(
+        self, q: Tensor, segment: Segment, kv_len: Tensor, up: tuple[Tensor, Tensor], scale: float,
+        running: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Queries q [n,H,N+P], the last n tokens of their row, over a segment of it. What goes from segment to segment
+        is kept in `running`; the last one writes out [n,H,V] and, if asked, the log-sum-exp [H,≥n]."""
+        heads, new, wide, latents = self.heads, q.shape[0], q.dtype is torch.float32, segment.latents
+        # Rows of all heads are one matrix each of keys and of values; the latents are the same for every head.
+        shared = latents[:, : self.rank].expand(heads, -1, -1)
+        k, v = (torch.bmm(shared, each.transpose(1, 2)) for each in up)
+        block_m, dependent = 16 if wide else self.config.block_m, is_hopper(q.device)
+        _expanded[heads, triton.cdiv(new, block_m)](
+            q, k, v, latents, kv_len, *running, out, lse, 0 if lse is None else lse.stride(0),
+            scale * LOG2_E, new, segment.start, latents.shape[0], *q.stride()[:2],
+            HEADS=heads, N=self.nope, P=self.rope, V=self.value, C=self.rank,
+            N_PADDED=_padded(self.nope), P_PADDED=_padded(self.rope), V_PADDED=_padded(self.value),
+            BLOCK_M=block_m, BLOCK_N=32 if wide else 64, FIRST=segment.first, LAST=segment.last,
+            HAS_LSE=lse is not None, STAGES=1 if wide else self.config.stages,
+            PRECISION="tf32x3" if wide else "tf32", DEPENDENT=dependent,
+            num_warps=4 if wide else self.config.warps, **dependent_launch(dependent),
+        )  # fmt: skip
 
 
 def _padded(size: int) -> int:

@@ -45,7 +45,7 @@ class Driver {
       } else if (dice < (hungry_ ? 14 : 17)) {
         finish();
       } else if (dice < 20) {
-        abuse();
+        chance(90) ? abuse() : drop_cached();
       } else if (dice < 22) {
         end_one_that("Retracting", "Fetching");
       } else if (dice < (slow_copies_ ? 24 : 40) && !tickets_.empty()) {
@@ -170,6 +170,17 @@ class Driver {
     if (landed.empty() && failed.empty()) return;
     if (scheduler_.land_copies(landed, failed) != Misuse::kNone) fail("the end of a copy was refused");
     if (scheduler_.land_copies(landed, failed) != Misuse::kNoSuchTicket) fail("a copy ended twice");
+    ++changed_;
+  }
+
+  void drop_cached() {
+    const Counters before = scheduler_.counters();
+    const std::int32_t dropped = scheduler_.drop_cached();
+    const Counters after = scheduler_.counters();
+    if (after.blocks_cached != 0 || after.blocks_free != before.blocks_free + before.blocks_cached ||
+        dropped != before.blocks_cached + before.host_blocks_used - after.host_blocks_used) {
+      fail("not every cached block was dropped");
+    }
     ++changed_;
   }
 

@@ -71,9 +71,10 @@ class Fuzz:
     # --- calls ---
 
     def step(self) -> None:
-        calls = (self.submit, self.advance, self.run_some, self.abort, self.finish, self.misuse, self.land_copies)
+        calls = (self.submit, self.advance, self.run_some, self.abort, self.finish, self.misuse, self.land_copies,
+                 self.drop_cached)  # fmt: skip
         ends = self.world.ends
-        call = calls[int(self.rng.choice(len(calls), p=(0.12, 0.65 - 2 * ends, 0.06, ends, ends, 0.02, 0.15)))]
+        call = calls[int(self.rng.choice(len(calls), p=(0.12, 0.645 - 2 * ends, 0.06, ends, ends, 0.02, 0.15, 0.005)))]
         if not self.oracle.requests:
             call = self.submit
         elif self.rng.random() < 0.3 and self.in_rare_states():
@@ -203,6 +204,12 @@ class Fuzz:
             self.shadow.land_copy(ticket, failed=ticket in failed)
         self.oracle.land_copies([self.copies[t] for t in landed], [self.copies[t] for t in failed])
         self.copies = {ticket: copy for ticket, copy in self.copies.items() if ticket not in tickets}
+
+    def drop_cached(self) -> None:
+        dropped = self.core.drop_cached()
+        assert dropped == self.oracle.cache.drop_cached()
+        assert self.core.stats().blocks_cached == 0
+        self.seen["cached blocks dropped"] += dropped
 
     def plan(self) -> bool:
         self.planned += 1

@@ -111,6 +111,19 @@ class Cache:
             if self.resting.pop(key, None):
                 self.put_free_place()
 
+    def drop_cached(self) -> int:
+        """Nothing is kept that nobody holds."""
+        dropped = len(self.cached) + len(self.resting)
+        while self.cached:
+            key, _ = self.cached.popitem(last=False)
+            del self.index[key]
+            self.put_free()
+        while self.resting:
+            key, _ = self.resting.popitem(last=False)
+            del self.places[key]
+            self.put_free_place()
+        return dropped
+
     def match(self, keys: list[Key]) -> tuple[list[Block | Place], bool]:
         """The longest prefix that both tiers hold together, and whether the block after it is on its way."""
         found: list[Block | Place] = []

@@ -38,6 +38,19 @@ def test_a_decode_row_computes_the_token_before_it() -> None:
     assert plan.token_ids.tolist() == [42] and plan.num_bound == 0
 
 
+def test_dropped_blocks_are_free_and_found_no_more() -> None:
+    d = Driver()
+    d.submit(1, range(12))
+    d.step(42)
+    d.core.abort(1)
+    d.run_out()
+    cached = d.core.stats().blocks_cached
+    assert cached > 0 and d.core.drop_cached() == cached
+    assert (d.core.stats().blocks_cached, d.core.drop_cached(), d.core.check()) == (0, 0, None)
+    d.submit(2, range(12))
+    assert d.must_plan().row_computed.tolist() == [0]
+
+
 def test_under_overlap_the_token_is_taken_from_the_device() -> None:
     d = Driver()
     d.submit(1, range(10))

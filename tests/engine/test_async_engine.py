@@ -160,6 +160,30 @@ def test_a_stop_while_starting_ends_both(folder: Path, in_process: bool, seconds
     asyncio.run(run())
 
 
+def test_a_dropped_cache_leaves_what_requests_hold_and_nothing_else(folder: Path) -> None:
+    async def run() -> None:
+        async with AsyncEngine(config(folder), in_process=True) as engine:
+            prompt = list(range(5, 85))
+
+            async def cached() -> int:
+                return max([output.num_cached_tokens async for output in engine.generate(prompt, SHORT)])
+
+            assert (await cached(), await cached()) == (0, 64)
+            await at_rest(engine)
+            before = engine.stats().blocks_cached
+            dropped = await engine.drop_cached()
+            assert (dropped.num_blocks, dropped.num_held) == (before, 0) and before > 0
+            running = await engine.submit(prompt, LONG)
+            await anext(running)
+            held = await engine.drop_cached()
+            assert held.num_blocks == 0 and held.num_held >= 5
+            assert await cached() == 64  # of the request that still runs
+            await running.abort()
+            await at_rest(engine)
+
+    asyncio.run(run())
+
+
 def test_an_abort_before_admission_ends_the_stream(folder: Path) -> None:
     async def run() -> None:
         async with AsyncEngine(config(folder), in_process=False) as engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from tests.toy import toy_llama
 from tokenspeed import AsyncEngine, EngineConfig, SamplingParams
 from tokenspeed.engine import grammars as engine_side
+from tokenspeed.engine import moves
 from tokenspeed.engine.messages import Learn, Lost
 from tokenspeed.errors import InvalidRequest, QueueFull, Unavailable
 from tokenspeed.request import Grammar, RequestOutput
@@ -80,6 +82,46 @@ def test_batched_overlapped_and_alone_a_seed_gives_the_same_valid_text(folder: P
             for written, reason in alone:
                 check(written)
                 assert reason == "stop"
+
+    asyncio.run(run())
+
+
+def test_grammars_that_are_followed_in_threads_give_the_same_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with AsyncEngine(config(folder), in_process=True) as engine:
+            expected = [await text(engine, seed=seed) for seed in range(3)]
+            monkeypatch.setattr(moves, "AT_ONCE_SECONDS", -1.0)
+            assert await asyncio.gather(*(text(engine, seed=seed) for seed in range(3))) == expected
+
+    asyncio.run(run())
+
+
+def test_a_request_that_is_aborted_while_its_grammar_moves_is_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moves, "AT_ONCE_SECONDS", -1.0)
+    moving, go_on = threading.Event(), threading.Event()
+    move = engine_side.Followed.move
+
+    def slow(row: engine_side.Followed, token: int) -> None:
+        moving.set()
+        assert go_on.wait(30)
+        move(row, token)
+
+    async def run() -> None:
+        async with AsyncEngine(config(folder), in_process=True) as engine:
+            await text(engine)
+            monkeypatch.setattr(engine_side.Followed, "move", slow)
+            hostile = await engine.submit("hello", params(Grammar("regex", "[ab]*"), ignore_eos=True))
+            await asyncio.to_thread(moving.wait, 30)
+            await hostile.abort()
+            assert engine.stats().num_aborts <= 1
+            go_on.set()
+            check((await text(engine))[0])
+            stats = engine.stats()
+            assert (stats.running, stats.waiting, stats.num_aborts) == (0, 0, 1)
 
     asyncio.run(run())
 
@@ -181,6 +223,32 @@ def test_leaving_while_a_grammar_is_compiled_leaves_nothing_behind(folder: Path)
             check((await text(engine))[0])
             stats = engine.stats()
             assert (stats.running, stats.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_an_abort_while_a_grammar_is_compiled_ends_the_request_at_once(folder: Path) -> None:
+    async def run() -> None:
+        async with AsyncEngine(config(folder), in_process=True) as engine:
+            compiler, go_on = engine._grammars._compiler, asyncio.Event()
+            judge = compiler._judge
+
+            async def slow(*arguments: Any) -> Any:
+                await go_on.wait()
+                return await judge(*arguments)
+
+            compiler._judge = slow  # type: ignore[method-assign]
+            first = asyncio.create_task(engine.submit("hello", params(n=2), request_id="first"))
+            other = asyncio.create_task(text(engine))
+            while not compiler._judging:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert await engine.abort("first") is True
+            stream = await asyncio.wait_for(first, 30)  # nothing has been compiled yet
+            assert [output.finish_reason async for output in stream] == ["abort", "abort"]
+            go_on.set()
+            check((await other)[0])
+            assert engine.stats().num_aborts == 0  # the engine has never heard of it
 
     asyncio.run(run())
 

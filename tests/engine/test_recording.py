@@ -38,6 +38,7 @@ def test_a_recorded_engine_is_replayed_to_the_same_state(folder: Path, tmp_path:
             async for _ in engine.generate([5, 6], two):
                 break
             await engine.generate(list(range(3, 60)), one, prompt_cache_key="talk").__anext__()
+            await engine.drop_cached()
         await engine.abort("nobody")
 
     asyncio.run(run())
@@ -46,7 +47,7 @@ def test_a_recorded_engine_is_replayed_to_the_same_state(folder: Path, tmp_path:
     submits = [call.kwargs for call in calls if call.method == "submit"]
     assert [submit["tps_floor"] for submit in submits] == [0.5, None, None]
     assert submits[0]["session"] == submits[2]["session"] > submits[1]["session"] == 0
-    assert {"construct", "abort", "plan", "commit"} <= {call.method for call in calls}
+    assert {"construct", "abort", "plan", "commit", "drop_cached"} <= {call.method for call in calls}
     assert calls[-1].method == "dump"
     again = replay(file, check=True)
     assert (again.difference, again.calls, again.unanswered, again.torn) == (None, len(calls), False, 0)

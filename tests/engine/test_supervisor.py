@@ -14,7 +14,7 @@ from tests.toy import toy_llama
 from tokenspeed import AsyncEngine, EngineConfig, SamplingParams
 from tokenspeed.engine import supervisor
 from tokenspeed.engine.link import Heard, ProcessLink, Receive
-from tokenspeed.engine.messages import Abort, Failed, Lost, Ready, ToEngine
+from tokenspeed.engine.messages import Abort, Failed, Heartbeat, Lost, Ready, ToEngine
 from tokenspeed.engine.supervisor import SupervisedLink
 from tokenspeed.errors import Unavailable
 
@@ -30,6 +30,7 @@ class ScriptedLink:
         self.receive: Receive = lambda message: None
         self.sent: list[ToEngine] = []
         self.stopped = False
+        self.killed = False
 
     async def start(self, config: EngineConfig, receive: Receive) -> None:
         self.config, self.receive = config, receive
@@ -39,19 +40,23 @@ class ScriptedLink:
     def send(self, message: ToEngine) -> None:
         self.sent.append(message)
 
+    def kill(self) -> None:
+        self.killed = True
+        self.receive(Failed("the engine process is gone (killed by signal 9)", config=False))
+
     async def stop(self) -> None:
         self.stopped = True
-        if not any(isinstance(message, Failed) for message in self.says):
+        if not self.killed and not any(isinstance(message, Failed) for message in self.says):
             self.receive(Failed("the engine process is gone (exit status 0)", config=False))
 
 
 class Supervised:
     """A supervised link over scripted engines, with what was heard and how long it waited."""
 
-    def __init__(self, *scripts: list[Heard], restarts: int) -> None:
+    def __init__(self, *scripts: list[Heard], restarts: int, silence: float = 0.0) -> None:
         self.links = [ScriptedLink(list(says)) for says in scripts]
         waiting = iter(self.links)
-        self.link = SupervisedLink(lambda: next(waiting), restarts=restarts)
+        self.link = SupervisedLink(lambda: next(waiting), restarts=restarts, silence=silence)
         self.heard: list[Heard] = []
 
     async def run(self, config: EngineConfig | None = None) -> list[str]:
@@ -146,6 +151,50 @@ def test_a_stop_ends_a_restart_that_waits() -> None:
         await supervised.link.stop()
         assert isinstance(supervised.heard[-1], Lost)
         assert not any(isinstance(message, Ready) for message in supervised.heard[3:])
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_falls_silent_is_killed_and_replaced_and_one_that_speaks_is_not() -> None:
+    async def run() -> None:
+        supervised = Supervised([READY], [READY], restarts=1, silence=0.2)
+        await supervised.run()
+        first, second = supervised.links
+        for _ in range(20):
+            await asyncio.sleep(0.02)
+            first.receive(Heartbeat(None))
+        assert not first.killed
+        async with asyncio.timeout(30):
+            while not second.says or supervised.heard[-1] is not READY or not first.killed:
+                await asyncio.sleep(0.01)
+        kinds = [type(message).__name__ for message in supervised.heard if not isinstance(message, Heartbeat)]
+        assert kinds == ["Ready", "Lost", "Ready"]
+        await supervised.link.stop()
+
+    asyncio.run(run())
+
+
+def test_a_stopped_engine_process_is_replaced(tmp_path: Path) -> None:
+    toy_llama(tmp_path)
+    config = EngineConfig(model=str(tmp_path), dtype="float32", block_size=16, num_threads=1)
+    made: list[ProcessLink] = []
+
+    def make() -> ProcessLink:
+        made.append(ProcessLink(log_level="critical"))
+        return made[-1]
+
+    async def run() -> None:
+        async with AsyncEngine(config, link=SupervisedLink(make, restarts=1, silence=3.0)) as engine:
+            pid = made[0].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            async with asyncio.timeout(90):
+                while engine.health().restarts == 0:
+                    await asyncio.sleep(0.05)
+            short = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+            assert len([output async for output in engine.generate([1, 2], short)]) == 3
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
 
     asyncio.run(run())
 

@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 from tokenspeed.config import EngineConfig
-from tokenspeed.engine.messages import EngineStats
+from tokenspeed.engine.messages import Dropped, EngineStats
 from tokenspeed.engine.observe import StepHistograms
-from tokenspeed.engine.stream import Ending, Take
+from tokenspeed.engine.stream import Direct, Ending, Take
 from tokenspeed.errors import ContextLengthExceeded, InvalidRequest, QueueFull, RequestError, Unavailable
 from tokenspeed.request import RequestOutput, SamplingParams, TokenLogprob
 from tokenspeed.text.prompt_memory import MemoryStats
@@ -130,10 +130,13 @@ class FakeStream:
     def generated(self) -> list[int]:
         return self._generated
 
-    async def each(self, take: Take, room: Callable[[], Awaitable[None]]) -> None:
+    async def each(self, take: Take, room: Callable[[], Awaitable[None]], direct: Direct | None = None) -> None:
         async for output in self:
             if take(output):
                 await room()
+
+    def settle(self) -> None:
+        """Nothing goes straight here."""
 
     def __aiter__(self) -> FakeStream:
         return self
@@ -348,6 +351,9 @@ class FakeEngine:
         self.idle.clear()
         await self.admission.wait()
         return stream
+
+    async def drop_cached(self) -> Dropped:
+        return Dropped(0, num_blocks=3, num_held=len(self.streams))
 
     async def abort(self, request_id: str) -> bool:
         found = [stream for stream in self.streams if stream.request_id == request_id]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenspeed.config import Parallel
 from tokenspeed.entrypoints.flags import FLAGS, ServerConfig, is_loopback, parse_flags
 from tokenspeed.errors import ConfigError
 
@@ -41,6 +42,17 @@ def test_no_floor_a_floor_of_0_and_a_promise_are_three_things() -> None:
     ]
     config = parse("--no-session-admission", "--max-queue-seconds", "12.5", "--record", "calls").engine
     assert (config.session_admission, config.max_queue_seconds, config.record) == (False, 12.5, "calls")
+
+
+def test_how_a_model_lies_over_ranks_is_one_value() -> None:
+    config = parse("-tp", "8", "--attn-tp-size", "8", "--dense-tp-size", "4", "--moe-ep-size", "8").engine
+    assert config.parallel == Parallel(world=8, attn_tp=8, dense_tp=4, moe_ep=8)
+    assert parse("--tensor-parallel-size", "2", "--watchdog-seconds", "9").engine.watchdog_seconds == 9
+    assert parse().engine.parallel == Parallel()
+    launched = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    assert parse("--moe-tp-size", "2", **launched).engine.parallel == Parallel(world=4, moe_tp=2)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=4"):
+        parse("-tp", "2", **launched)
 
 
 def test_parsers_are_found_by_themselves_unless_named() -> None:
@@ -91,8 +103,8 @@ def test_keys_may_come_from_the_environment() -> None:
         (["--por", "1"], "--por"),
         (["extra"], "extra"),
         (["--port"], "--port"),
-        (["--tool-call-parser", "qwen"], "must be one of auto, none, deepseek_v3, deepseek_v31, hermes, kimi_k2, "),
-        (["--reasoning-parser", "r1"], "must be one of auto, none, deepseek_r1, deepseek_v3, kimi_k2, qwen3, got 'r1'"),
+        (["--tool-call-parser", "qwen"], "must be one of auto, none, deepseek_v3, deepseek_v31, glm45, hermes, "),
+        (["--reasoning-parser", "r1"], "must be one of auto, none, deepseek_r1, deepseek_v3, glm45, kimi_k2, "),
         (["--reasoning-field", "thoughts"], "must be one of reasoning_content, reasoning, both, got 'thoughts'"),
         (["--port", "http"], "--port must be an integer, got 'http'"),
         (["--port", "70000"], "--port"),
@@ -102,6 +114,11 @@ def test_keys_may_come_from_the_environment() -> None:
         (["--block-size", "7"], "--block-size"),
         (["--overlap", "2"], "--overlap"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["-tp", "0"], "--tensor-parallel-size must be at least 1, got 0"),
+        (["-tp", "4", "--attn-tp-size", "3"], "--attn-tp-size 3 does not divide a world of 4 ranks"),
+        (["-tp", "4", "--vocab-tp-size", "0"], "--vocab-tp-size must be at least 1"),
+        (["--moe-ep-size", "2"], "--moe-ep-size 2 does not divide a world of 1 ranks"),
+        (["--watchdog-seconds", "0"], "--watchdog-seconds must be a number above 0, got 0"),
         (["--tps-floor", "-1"], "--tps-floor must be a number of at least 0, got -1"),
         (["--tps-floor", "nan"], "--tps-floor"),
         (["--tps-floor", "inf"], "--tps-floor"),
@@ -113,6 +130,7 @@ def test_keys_may_come_from_the_environment() -> None:
         (["--kv-cache-memory", "1PiB"], "--kv-cache-memory"),
         (["--kv-cache-memory", "0"], "--kv-cache-memory"),
         (["--shutdown-grace", "-1"], "--shutdown-grace"),
+        (["--engine-silence", "1"], "--engine-silence must be 0 or between 2 and 86400 seconds, got 1"),
         (["--engine-restarts", "-1"], "--engine-restarts must be between 0 and 1000, got -1"),
         (["--metrics-compat", "sglang"], "--metrics-compat must be one of none, vllm, got 'sglang'"),
         (["--shutdown-grace", "nan"], "--shutdown-grace"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -84,6 +85,14 @@ def test_admin_routes_tell_a_user_from_nobody(guarded: Served) -> None:
     boss = guarded.post("/abort_request", body, Authorization="Bearer boss")
     assert (nobody.status, user.status, boss.status) == (401, 403, 404)
     assert user.error["type"] == "permission_error"
+
+
+@pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
+def test_only_an_admin_flushes_the_cache(guarded: Served, path: str) -> None:
+    assert guarded.post(path, {}).status == 401
+    assert guarded.post(path, {}, Authorization="Bearer user-one").status == 403
+    flushed = guarded.send("POST", path, headers={"Authorization": "Bearer boss"})
+    assert flushed.status == 200 and json.loads(flushed.text) == {"dropped_blocks": 3, "held_blocks": 0}
 
 
 def test_without_keys_everything_is_open_but_the_admin_routes(served: Served) -> None:

@@ -162,6 +162,18 @@ def test_strict_tools_and_forced_choices_are_those_of_chat_and_are_told() -> Non
         assert [tool["strict"] for tool in request.told["tools"]] == [strict]
 
 
+def test_allowed_tools_limit_the_calls_and_not_what_is_shown() -> None:
+    tools = [codex.FUNCTION, {**codex.FUNCTION, "name": "other"}]
+    names = [{"type": "function", "name": "other"}, {"type": "web_search"}]
+    request = parse(tools=tools, tool_choice={"type": "allowed_tools", "mode": "required", "tools": names})
+    use = request.chat.conversation.tool_use
+    assert [tool["function"]["name"] for tool in use.tools] == ["shell", "other"]
+    assert list(use.schemas) == ["other"] and use.demanded and use.limited and use.named is None
+    assert "tool_choice of type web_search" in request.chat.delivery.unknown
+    none = parse(tools=tools, tool_choice={"type": "allowed_tools", "mode": "auto", "tools": names[1:]})
+    assert none.chat.conversation.tool_use.schemas is None
+
+
 def test_sampling_fields_and_their_defaults_are_those_of_chat() -> None:
     assert parse().chat.params.temperature == 0.6
     params = parse(max_output_tokens=9, temperature=0.1, top_k=4, stop=["a"], seed=3, logit_bias={"3": 1}).chat.params

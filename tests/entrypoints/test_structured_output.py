@@ -104,3 +104,22 @@ def test_strict_tools_leave_text_free_and_bind_their_arguments() -> None:
         assert not allows(grammar, call % '{"a": "x"}')
         assert asked(caller, CHAT, tools=[strict], tool_choice="none") is None
         assert asked(caller, CHAT, tools=[TOOL]) is None
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_of_allowed_tools_alone_calls_may_come_though_all_are_shown() -> None:
+    call = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
+    with serving(template=qwen3(), tool_call_parser="hermes", reasoning_parser="none", max_model_len=8192) as caller:
+        auto = asked(caller, CHAT, tools=[TOOL, NOW], tool_choice=allowed("auto", "now"))
+        shown = caller.engine.submitted[-1]["ids"]
+        assert allows(auto, "only text") and allows(auto, "Well.\n" + call % ("now", "{}"))
+        assert not allows(auto, call % ("f", '{"a": 1}'))
+        required = asked(caller, CHAT, tools=[TOOL, NOW], tool_choice=allowed("required", "now"))
+        assert allows(required, call % ("now", "{}") + "\n" + call % ("now", "{}"))
+        assert not allows(required, "only text") and not allows(required, call % ("f", '{"a": 1}'))
+        assert asked(caller, CHAT, tools=[TOOL, NOW]) is None
+        assert caller.engine.submitted[-1]["ids"] == shown

@@ -304,6 +304,11 @@ def nested(levels: int) -> dict[str, Any]:
 PARAMETERS = "tools[0].function.parameters"
 
 
+def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -331,6 +336,11 @@ PARAMETERS = "tools[0].function.parameters"
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": tool(), "tool_choice": "f"}, "tool_choice"),
         ({"tools": tool(), "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice"),
+        ({"tools": tool(), "tool_choice": allowed(mode="none")}, "tool_choice"),
+        ({"tools": tool(), "tool_choice": allowed("g")}, "tool_choice"),
+        ({"tools": tool(), "tool_choice": allowed()}, "tool_choice"),
+        ({"tools": tool(), "tool_choice": {"type": "hosted"}}, "tool_choice"),
+        ({"tool_choice": allowed("f")}, "tool_choice"),
         ({"tools": tool(), "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"tools": tool(), "tool_choice": {"type": "function", "function": "f"}}, "tool_choice.function"),
         ({"tools": tool(), "tool_choice": 1}, "tool_choice"),

@@ -8,7 +8,7 @@ import torch
 from tokenspeed.batch import BatchLimits
 from tokenspeed.errors import ConfigError
 from tokenspeed.executor.load import chosen_device
-from tokenspeed.executor.load_gpu import MARGIN, GpuNeeds
+from tokenspeed.executor.load_gpu import MARGIN, Needs
 from tokenspeed.executor.slot_tables import SlotTables
 from tokenspeed.executor.staging import RECORD, DevicePlan, Staging
 
@@ -18,12 +18,12 @@ CPU = torch.device("cpu")
 
 def test_the_numbers_say_what_fits_and_which_flag_to_change() -> None:
     tables = SlotTables.num_bytes(LIMITS, 1000)
-    needs = GpuNeeds(per_block=1 << 20, kv_cache_bytes=None, limits=LIMITS, vocab_size=1000)
+    needs = Needs(per_block=1 << 20, kv_cache_bytes=None, limits=LIMITS, vocab_size=1000)
     needs.check(MARGIN + tables + (1 << 20))
     with pytest.raises(ConfigError, match=r"at least 1\.0 MiB .*--max-num-seqs") as caught:
         needs.check(MARGIN + tables + (1 << 20) - 1)
     assert "\n" not in str(caught.value)
-    asked = GpuNeeds(per_block=1 << 20, kv_cache_bytes=5 << 20, limits=LIMITS, vocab_size=1000)
+    asked = Needs(per_block=1 << 20, kv_cache_bytes=5 << 20, limits=LIMITS, vocab_size=1000)
     with pytest.raises(ConfigError, match=r"at least 5\.0 MiB .*--kv-cache-memory"):
         asked.check(MARGIN + tables + (2 << 20))
 

@@ -44,6 +44,8 @@ ROOF = max(FLOORS.values())
 """Where a program (`__main__.py`) stands, whatever it is about: it may import anything, because nothing imports it."""
 
 TORCH_FREE = ("text", "entrypoints", "bench", "simulate", "_core", "parallel")
+BETWEEN_PROCESSES = {"collectives.py", "groups.py", "measure.py", "symmetric.py", "world.py"}
+"""What moves tensors between ranks; the rest of `parallel` is a compiler that only knows their shapes."""
 
 
 def files() -> Iterator[tuple[str, Path]]:
@@ -110,7 +112,7 @@ def test_the_control_plane_includes_neither_cuda_nor_python() -> None:
 @pytest.mark.parametrize("part", TORCH_FREE)
 def test_torch_is_not_named(part: str) -> None:
     for owner, path in files():
-        if owner == part:
+        if owner == part and not (part == "parallel" and path.name in BETWEEN_PROCESSES):
             assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
 
 
@@ -130,7 +132,7 @@ def test_every_module_imports_alone() -> None:
     ]
     modules = [f"tokenspeed.{name}" if name.startswith("kernels") else name for name in modules]
     if importlib.util.find_spec("triton") is None:
-        on_gpu = ("tokenspeed.kernels.triton.", "tokenspeed.kernels.hopper.")
+        on_gpu = ("tokenspeed.kernels.triton.", "tokenspeed.kernels.hopper.", "tokenspeed.kernels.library.")
         modules = [name for name in modules if not name.startswith(on_gpu)]
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_EACH_ALONE, *modules], capture_output=True, text=True, check=False, cwd=ROOT

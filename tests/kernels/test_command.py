@@ -69,6 +69,21 @@ def test_bench_prints_every_implementation_on_every_shape(capsys: pytest.Capture
     assert sum(line.startswith("*") for line in lines) == 2
 
 
+def test_bench_counts_the_operations_of_products(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every token of 3 has 2 of 8 experts and the shared one: 9 pairs of three products of 64 × 64."""
+    sizes = {"tokens": 3, "top_k": 2, "num_experts": 9, "num_shared": 1, "hidden_size": 64, "intermediate_size": 64}
+    workload = WORKLOADS["moe_experts"]
+    arguments = workload.arguments(sizes, torch.float32, torch.device("cpu"))
+    assert workload.flop is not None and workload.flop(sizes, arguments) == 9 * 3 * 2 * 64 * 64
+    # Two rows of 2 new tokens behind 7: 8 + 9 tokens are seen.
+    prefill = WORKLOADS["mla_prefill"]
+    sizes = prefill.sizes({"rows": 2, "new": 2, "context": 9, "num_heads": 3, "kv_lora_rank": 32, "rope_dim": 16})
+    arguments = prefill.arguments(sizes, torch.float32, torch.device("cpu"))
+    assert prefill.flop is not None and prefill.flop(sizes, arguments) == 2 * 17 * 3 * 2 * (128 + 16 + 128)
+    _, header, *lines = printed(capsys, "bench", "linear", "tokens=4", "in=64", "out=64", *FEW[2:])
+    assert "TFLOP/s" in header and all(float(line.split()[-5]) >= 0 and line.split()[-4] == "–" for line in lines)
+
+
 def test_what_tune_found_is_what_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"cpu:portable": {1: 9.0, 8: 1.0}, "reference": {1: 1.0, 8: 9.0}}
 

@@ -195,12 +195,21 @@ def test_a_block_that_does_not_exist_is_an_error(bad: int, generator: torch.Gene
         decode()(q, k, v, table, kv_len, kv_lens, scale)
 
 
-@pytest.mark.parametrize("length", [0, -3, 2_000_000_000])
+@pytest.mark.parametrize("length", [-3, 2_000_000_000])
 def test_a_length_that_the_table_cannot_hold_is_an_error(length: int, generator: torch.Generator) -> None:
     q, k, v, table, kv_len, kv_lens, scale = PAGED.decode_arguments(generator, torch.float32)
     kv_len[1] = length
     with pytest.raises(IndexError, match="row 1"):
         decode()(q, k, v, table, kv_len, kv_lens, scale)
+
+
+def test_a_row_without_tokens_gives_zeros_and_leaves_its_neighbours_alone(generator: torch.Generator) -> None:
+    q, k, v, table, kv_len, kv_lens, scale = PAGED.decode_arguments(generator, torch.float32)
+    whole = decode()(q, k, v, table, kv_len, kv_lens, scale)
+    kv_len[1] = 0
+    table[1] = -1
+    out = decode()(q, k, v, table, kv_len, kv_lens, scale)
+    assert not out[1].any() and torch.equal(out[::2], whole[::2])
 
 
 def test_a_table_that_is_a_slice_is_not_read_past_its_columns(generator: torch.Generator) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tokenspeed.kernels.numerics.suite import INTERPRETED, Trial, trials
 from tokenspeed.kernels.platform import Platform
@@ -39,10 +40,21 @@ def test_interpreted_triton_kernels_agree_with_the_reference() -> None:
     assert ran == {each.op for each in default().registry.all() if each.backend == "triton"}
 
 
+def attention_of_a_part(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """What cuDNN is asked for: outputs [B,S,H,V] and the log-sum-exp [B,H,S] of the scores."""
+    scores = torch.einsum("bshd,bthd->bhst", q.float(), k.float()) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[2:]).tril() == 0, float("-inf"))
+    out = torch.einsum("bhst,bthv->bshv", scores.softmax(3), v.float())
+    return out.to(q.dtype).contiguous(), scores.logsumexp(3)
+
+
 def ways(trial: Trial) -> Iterator[Kernel]:
     """The ways that an op chooses among on a GPU: copy descriptors or loads, few programs or more than there are
-    tiles, tensor cores or not, a context in one piece or several."""
+    tiles, tensor cores or not, a context in one piece or several, tokens sorted by expert or not."""
     # Not before the interpreter is asked for.
+    from tokenspeed.kernels.library import mla_prefill as in_pieces  # noqa: PLC0415
+    from tokenspeed.kernels.library import moe_experts as sorted_experts  # noqa: PLC0415
     from tokenspeed.kernels.triton import linear, mha_decode, mla_decode, mla_prefill, moe_experts  # noqa: PLC0415
 
     traits = trial.case.traits
@@ -65,10 +77,12 @@ def ways(trial: Trial) -> Iterator[Kernel]:
             for absorbed, workspace in ((0, 128 << 20), (0, 16 << 10), (5, 2 << 10)):
                 config = mla_prefill.Config(absorbed, block_m=16, stages=1, warps=4, workspace=workspace)
                 yield mla_prefill.MlaPrefill(target, traits, config)
+            yield in_pieces.MlaPrefill(target, traits, in_pieces.Lengths(32, (32, 64), 8), attention_of_a_part, config)
         case "moe_experts":
             for rows, tma in ((64, False), (0, False), (0, True)):
                 config = moe_experts.Config(rows, 32, 32, tma=tma, dependent=False)
                 yield moe_experts.MoeExperts(int(traits["num_shared"]), config)
+            yield sorted_experts.MoeExperts(int(traits["num_shared"]), many=1)
 
 
 def interpret(largest: int) -> int:

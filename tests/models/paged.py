@@ -29,10 +29,12 @@ class PagedModel:
         self.blocks: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
-    def step(self, chunks: Sequence[tuple[str, Sequence[int]]]) -> list[torch.Tensor]:
+    def step(
+        self, chunks: Sequence[tuple[str, Sequence[int]]], *, padded_tokens: int | None = None
+    ) -> list[torch.Tensor]:
         """Compute the next tokens of some sequences in one pass: the logits [n, V] of each, in the order given.
 
-        Chunks of one token must come first; they run as decode rows.
+        Chunks of one token must come first; they run as decode rows. `padded_tokens` as in `ForwardInput`.
         """
         sizes = [len(tokens) for _, tokens in chunks]
         num_decode = next((i for i, size in enumerate(sizes) if size > 1), len(sizes))
@@ -48,21 +50,26 @@ class PagedModel:
             slots += [table[p // self.block_size] * self.block_size + p % self.block_size for p in range(start, end)]
             ends.append(end)
             self.lengths[name] = end
-        width = max(len(self.blocks[name]) for name, _ in chunks) + 1
+        width = max((len(self.blocks[name]) for name, _ in chunks), default=0) + 1
         tables = [self.blocks[name] + [0] * (width - len(self.blocks[name])) for name, _ in chunks]
         starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
         inputs = ForwardInput(
-            token_ids=torch.tensor([token for _, tokens in chunks for token in tokens]),
-            positions=torch.tensor(positions),
-            kv_slots=torch.tensor(slots),
+            token_ids=torch.tensor([token for _, tokens in chunks for token in tokens], dtype=torch.int64),
+            positions=torch.tensor(positions, dtype=torch.int64),
+            kv_slots=torch.tensor(slots, dtype=torch.int64),
             query_start=torch.tensor(starts, dtype=torch.int32),
             kv_len=torch.tensor(ends, dtype=torch.int32),
-            block_table=torch.tensor(tables, dtype=torch.int32),
+            block_table=torch.tensor(tables, dtype=torch.int32).view(len(chunks), width),
             num_decode=num_decode,
             query_lens=tuple(sizes),
             kv_lens=tuple(ends),
             block_size=self.block_size,
+            padded_tokens=padded_tokens,
         )
         with torch.inference_mode():
-            logits = self.model.logits(self.model.forward(inputs, self.kv))
+            logits = self.logits(self.model.forward(inputs, self.kv), padded_tokens)
         return list(logits.split(sizes))
+
+    def logits(self, hidden: torch.Tensor, padded_tokens: int | None) -> torch.Tensor:
+        """Of all tokens; of one group of ranks among several, the largest number of whose tokens is `padded_tokens`."""
+        return self.model.logits(hidden)

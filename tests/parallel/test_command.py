@@ -50,7 +50,7 @@ def said(capsys: pytest.CaptureFixture[str], command: str, folder: Path, *flags:
 def test_equal_layers_are_told_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, "explain", folder, "--world", "8", "--batch", "1", "16")
     assert lines[0].startswith("DeepseekV3ForCausalLM over 8 ranks: attention attn 8; dense dense 8; experts moe_tp 8")
-    decode = lines[lines.index("a step of 16 tokens") + 1 :]
+    decode = lines[lines.index("a step of 16 tokens, captured") + 1 :]
     decode = decode[: decode.index("")]
     assert [line for line in decode if line.endswith(":")] == ["  layers 0 to 5, each:"]
     assert sum("all-reduce, then input_layernorm in one" in line and "ranks 0, 1, … 7" in line for line in decode) == 1
@@ -78,8 +78,10 @@ def test_links_and_machines_change_what_is_predicted(folder: Path, capsys: pytes
     def step_ms(*flags: str) -> float:
         return float(said(capsys, "explain", folder, "--world", "8", "--batch", "8", *flags)[-1].split()[4])
 
-    near, fast, far = step_ms(), step_ms("--links", "symmetric"), step_ms("--ranks-per-machine", "4")
+    near, fast = (step_ms("--links", links) for links in ("nccl", "symmetric"))
+    far = step_ms("--links", "nccl", "--ranks-per-machine", "4")
     assert fast < near < far
+    assert fast <= step_ms() < near
 
 
 def test_layouts_are_compared_the_fastest_first_and_those_that_cannot_be_are_named(
@@ -118,5 +120,7 @@ def test_the_server_explains_what_it_would_start_and_ends(folder: Path, capsys: 
     flags = ["--model", str(folder), "--load-format", "dummy", "--max-num-seqs", "24", "--explain-parallel"]
     assert serve(flags) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("DeepseekV3ForCausalLM over 1 rank") and "a step of 24 tokens" in lines
+    assert lines[0].startswith("DeepseekV3ForCausalLM over 1 rank") and "a step of 24 tokens, captured" in lines
     assert [line.split()[0] for line in lines[-2:]] == ["1", "24"]
+    assert serve([*flags, "-tp", "8", "--attn-dp-size", "8", "--moe-ep-size", "8"]) == 0
+    assert "over 8 ranks: attention attn_data 8;" in capsys.readouterr().out.splitlines()[0]

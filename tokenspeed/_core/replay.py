@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenspeed._core.record import CONSTRUCT, ERRORS, Answer, Call, Frames, NotARecording
 from tokenspeed._core.scheduler import Scheduler
 
-METHODS = ("submit", "abort", "finish", "plan", "commit", "land_copies", "dump")
+METHODS = ("submit", "abort", "finish", "plan", "commit", "land_copies", "drop_cached", "dump")
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         CMisuse plan(double now, PlanArrays& plan) except +translate_exception
         CMisuse commit(int64_t step, TokenSpan tokens, TokenSpan counts, double seconds) except +translate_exception
         CMisuse land_copies(TokenSpan landed, TokenSpan failed) except +translate_exception
+        int32_t drop_cached() except +translate_exception
         const vector[CommitOutput]& outputs() const
         const Sequence* sequence_of(int64_t id) const
         optional[int32_t] cached_tokens(int64_t id) const

@@ -98,6 +98,12 @@ class Scheduler:
         Raises `Misuse` if one is not under way or named twice; nothing has changed then.
         """
 
+    def drop_cached(self) -> int:
+        """Free every cached block that nobody holds, on both tiers; how many there were.
+
+        What running requests hold stays, and stays to be found. Sessions keep their places.
+        """
+
     def tokens_of(self, request_id: int) -> tuple[Int32Array, int]:
         """A copy of all tokens of a request, prompt and generated, and the length of the prompt."""
 

@@ -183,6 +183,9 @@ cdef class Scheduler:
         if misuse != CMisuse.kNone:
             raise Misuse(MISUSE[<int32_t>misuse])
 
+    def drop_cached(self):
+        return self.idle().drop_cached()
+
     # Calls that look in
 
     @property

@@ -179,7 +179,8 @@ async def _run(config: EngineConfig, options: argparse.Namespace) -> None:
     async with AsyncEngine(config) as engine:
         print(engine.facts.summary, f"ready in {time.perf_counter() - start:.1f} s", sep="\n", flush=True)
         sessions = Sessions(engine, options)
-        await sessions.level(1)  # what compiles or grows on first use
+        first = await sessions.level(1)  # what compiles or grows on first use
+        print("first session, s to the first tokens:", *(f"{turn.first:.3f}" for turn in first.turns), flush=True)
         titles = (
             "C", "tok/s a user", "output tok/s", "uncached prompt tok/s", "a minute", "with prompts",
             "first turn: TTFT", "later: TTFT p50", "p99", "turn, s", "hit", f"turns ≥ {options.floor:g} mean", "always",

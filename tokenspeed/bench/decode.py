@@ -154,7 +154,7 @@ class Streams:
 
     async def _experts(self, batch: int) -> str:
         """Distinct experts of a layer, in a step that a short prompt joins; its stream counts for nothing else."""
-        from tokenspeed.bench.read_counts import PROMPT, ChosenExperts  # noqa: PLC0415 - torch, which others do without
+        from tokenspeed.executor.chosen_experts import PROMPT, ChosenExperts  # noqa: PLC0415 - torch, which others do without
 
         with ChosenExperts(batch) as chosen:
             joined = self._submit(PROMPT, 1)

@@ -4,8 +4,8 @@ A load generator, in this process, holds `streams` streamed chats open, which ge
 answers have characters of several bytes and tool calls, over a vocabulary of 100,000 tokens. That is done twice: alone,
 and while every 100 ms a chat of 1 MB arrives whose history the server has seen before.
 
-Printed are the processor time of the front-end process for each streamed token, how much of the engine's rate was
-delivered, and how much later than from the engine a token arrived here.
+Printed are the processor time of the front-end process for each streamed token, how much of it the kernel took, how
+much of the engine's rate was delivered, and how much later than from the engine a token arrived here.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ TOOL = {
 
 @dataclass
 class Run:
-    """One measurement. Seconds, except for the number of tokens and of large bodies."""
+    """One measurement. Seconds, except for the number of tokens and of large bodies. `kernel` is a part of `cpu`."""
 
     name: str
     tokens: int
     cpu: float
+    kernel: float
     engine: float
     delivered: float
     delays: list[float]
@@ -63,13 +64,17 @@ class Run:
         """The figures as a line of the table."""
         delays = sorted(self.delays)
         return (
-            f"{self.name:<20}{self.cpu / self.tokens * 1e6:>12.1f}{self.engine / self.delivered * 100:>12.1f} %"
+            f"{self.name:<20}{self.cpu / self.tokens * 1e6:>12.1f}{self.kernel / self.tokens * 1e6:>10.1f}"
+            f"{self.engine / self.delivered * 100:>12.1f} %"
             f"{percentile(delays, 50) * 1e3:>12.2f}{percentile(delays, 99) * 1e3:>10.2f}"
             f"{self.cpu / self.delivered * 100:>10.0f} %{self.bodies:>10d}"
         )
 
 
-HEAD = f"{'':<20}{'CPU µs/token':>12}{'delivered':>14}{'p50 ms':>12}{'p99 ms':>10}{'CPU':>12}{'bodies':>10}"
+HEAD = (
+    f"{'':<20}{'CPU µs/token':>12}{'of kernel':>10}{'delivered':>14}"
+    f"{'p50 ms':>12}{'p99 ms':>10}{'CPU':>12}{'bodies':>10}"
+)
 
 
 @dataclass(eq=False)
@@ -181,9 +186,11 @@ async def measured(
         listening.append(one)
     asking = None if bodies is None else asyncio.create_task(bodies.run())
     await asyncio.sleep(OPENING_SECONDS)
-    cpu, began = _cpu(process), time.monotonic()
+    before_cpu, before_kernel = _cpu(process)
+    began = time.monotonic()
     await asyncio.gather(*(one.done for one in listening))
-    cpu, ended = _cpu(process) - cpu, time.monotonic()
+    cpu, kernel = _cpu(process)
+    ended = time.monotonic()
     if asking is not None:
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
@@ -197,13 +204,15 @@ async def measured(
         if at > began
     ]
     count = 0 if bodies is None else bodies.answered - before
-    return Run(name, len(departed), cpu, max(departed) - began, ended - began, delays, count)
+    spent, of_it = cpu - before_cpu, kernel - before_kernel
+    return Run(name, len(departed), spent, of_it, max(departed) - began, ended - began, delays, count)
 
 
-def _cpu(process: int) -> float:
-    """Seconds of processor time that a process has used, on Linux."""
+def _cpu(process: int) -> tuple[float, float]:
+    """Seconds of processor time that a process has used, and how much of it in the kernel, on Linux."""
     user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    tick = os.sysconf("SC_CLK_TCK")
+    return (int(user) + int(system)) / tick, int(system) / tick
 
 
 async def run(arguments: argparse.Namespace) -> list[Run]:

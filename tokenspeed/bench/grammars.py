@@ -2,8 +2,9 @@
 
 The vocabulary is that of the embedded model, filled up to the asked size with pairs of its words. A row's time is that
 of accepting one token and filling the mask of the next, along a call with a long argument; the table gives processor
-time, so that a busy machine does not count. Lag is how much later than asked an event loop came back from a sleep of
-1 ms, at most: without work, while the front end's process waits for the verdict, and while the engine compiles.
+time, so that a busy machine does not count. Then many rows of a step, of a grammar that is dear to follow. Lag is how
+much later than asked an event loop came back from a sleep of 1 ms, at most: without work, while the front end's process
+waits for the verdict, while the engine compiles, and while the rows move on.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import numpy as np
 
 from tokenspeed.batch import Finish
 from tokenspeed.checkpoint.source import resolve
-from tokenspeed.engine.grammars import Grammars
+from tokenspeed.engine.grammars import TOO_SLOW, Constraint, Grammars
 from tokenspeed.engine.messages import Learn
+from tokenspeed.engine.moves import Moves
 from tokenspeed.request import Grammar
 from tokenspeed.text.grammars.compiler import GrammarCompiler
 from tokenspeed.text.grammars.vocabulary import Vocabulary
@@ -32,21 +34,24 @@ from tokenspeed.text.tokenizer import Tokenizer
 EOS = 2
 TEXT = "def add(first, second):\\n    return first + second  # the sum of \\\"two\\\" numbers\\n" * 4
 REPEATS = 7
+DEAR = Grammar("regex", "([a-z]{1,20}[ ,.]){1,500}")
+DEAR_TEXT = "the quick brown fox jumps over the lazy dog and runs away from here"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this program."""
     parser.add_argument("--vocab-size", type=int, default=131_072, help="tokens (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=64, help="rows of the dear step (default %(default)s)")
     parser.add_argument("--tools", type=int, default=100, help="tools of the schema (default %(default)s)")
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print; the return value is the exit status."""
-    asyncio.run(_measure(options.vocab_size, options.tools))
+    asyncio.run(_measure(options.vocab_size, options.tools, options.rows))
     return 0
 
 
-async def _measure(vocab_size: int, num_tools: int) -> None:
+async def _measure(vocab_size: int, num_tools: int, num_rows: int) -> None:
     tokenizer = load_text(resolve(None, "auto")).tokenizer
     vocabulary = _vocabulary(tokenizer, vocab_size)
     grammar = _demanded(num_tools)
@@ -66,6 +71,9 @@ async def _measure(vocab_size: int, num_tools: int) -> None:
     compiled = time.perf_counter() - began
     assert learnt.held, learnt.error
     rows = [_row(engine, rules.key, tokenizer) for _ in range(REPEATS)]
+    dear = await _rules(vocabulary, DEAR)
+    await engine.learn(Learn(2, b"dear", dear, vocabulary))
+    steps = await _steps([engine.follow(b"dear", {EOS}) for _ in range(num_rows)], tokenizer.encode(DEAR_TEXT))
     engine.close()
     best: np.ndarray[Any, Any] = np.array(rows).min(axis=0) * 1e6
     print(f"{vocab_size} tokens, {num_tools} tools, rules of {len(rules.rules) / 1e3:.0f} kB")
@@ -74,6 +82,20 @@ async def _measure(vocab_size: int, num_tools: int) -> None:
     print(f"lag of a loop without work                       {quiet * 1e3:.1f} ms")
     median, high = np.percentile(best, [50, 90])
     print(f"a token and its mask: median {median:.1f} µs, 90% {high:.1f}, most {best.max():.1f}")
+    print(f"a step of {num_rows} dear rows: median {steps[0] * 1e3:.1f} ms, lag of its loop {steps[1] * 1e3:.1f} ms")
+
+
+async def _steps(rows: list[Constraint], tokens: list[int]) -> tuple[float, float]:
+    """Median seconds of moving all rows on by a token, and the median of the loop's worst lag of each."""
+    moves, seconds, lags = Moves(), [], []
+    for token in tokens:
+        began = time.perf_counter()
+        lag, _ = await _lag(moves.make([(row, token) for row in rows]))
+        seconds.append(time.perf_counter() - began)
+        lags.append(lag)
+        ended = [row for row in rows if row.settle(Finish.NONE) != Finish.NONE]
+        assert not ended or ended[0].error == f"the grammar of this request {TOO_SLOW}"
+    return float(np.median(seconds)), float(np.median(lags))
 
 
 async def _rules(vocabulary: Vocabulary, grammar: Grammar) -> str:
@@ -137,7 +159,8 @@ def _row(engine: Grammars, key: bytes, tokenizer: Tokenizer) -> list[float]:
     seconds = []
     for token in tokenizer.encode(text):
         began = time.thread_time()
-        constraint.advance(token, 1, Finish.NONE)
+        constraint.move(token)
         seconds.append(time.thread_time() - began)
+        constraint.settle(Finish.NONE)
     assert constraint.error is None
     return seconds

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,9 @@ from tokenspeed.checkpoint.safetensors_folder import SafeTensor, read_headers
 from tokenspeed.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+Part = tuple[slice, ...]
+"""A cut of the leading dimensions of a tensor."""
 
 Decode = Callable[..., torch.Tensor]
 """The stored tensors, in the order of `Stored.parts`, to the values."""
@@ -49,28 +53,56 @@ class FolderWeights:
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Copy the tensor into `target`, which has its shape and any float dtype. Decoded on the target's device."""
         stored = self._stored[name]
-        if stored.decode is _same and self._tensors[name].dtype not in FLOATS:
-            tensor = self._tensors[name]
-            raise CheckpointError(f"{tensor.file}: tensor {name}: dtype {tensor.dtype} is no float that is supported")
         if stored.decode is _same:
-            target.copy_(self._read(name))
+            target.copy_(self._read_float(name, ()))
         else:
             target.copy_(stored.decode(*(self._read(part).to(target.device) for part in stored.parts)))
+
+    def read_parts(self, name: str, parts: Sequence[tuple[Part, torch.Tensor]]) -> None:
+        """Copy parts of the tensor, each into its target, without reading the rest of it; one that is quantised is
+        decoded as a whole."""
+        if self._stored[name].decode is not _same:
+            read_whole(self, name, parts)
+            return
+        for part, target in parts:
+            target.copy_(self._read_float(name, part))
 
     def close(self) -> None:
         """Close the file that was read last."""
         self._handle = None
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read_float(self, name: str, part: Part) -> torch.Tensor:
+        tensor = self._tensors[name]
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{tensor.file}: tensor {name}: dtype {tensor.dtype} is no float that is supported")
+        return self._read(name, part)
+
+    def _read(self, name: str, part: Part = ()) -> torch.Tensor:
         tensor = self._tensors[name]
         try:
             if self._handle is None or self._open_file != tensor.file:
                 self._handle = safe_open(tensor.file, framework="pt")
                 self._open_file = tensor.file
-            values: torch.Tensor = self._handle.get_tensor(name)  # type: ignore[no-untyped-call]
+            handle: Any = self._handle
+            values: torch.Tensor = handle.get_slice(name)[part] if part else handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{tensor.file}: tensor {name}: {error}") from error
         return values
+
+
+class _Whole(Protocol):
+    shapes: dict[str, tuple[int, ...]]
+
+    def read_into(self, name: str, target: torch.Tensor) -> None: ...
+
+
+def read_whole(reader: _Whole, name: str, parts: Sequence[tuple[Part, torch.Tensor]]) -> None:
+    """Parts of a tensor that can only be read as a whole: once for all of them."""
+    like = parts[0][1]
+    whole = torch.empty(reader.shapes[name], dtype=like.dtype, device=like.device)
+    reader.read_into(name, whole)
+    for part, target in parts:
+        target.copy_(whole[part])
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ class GGUFFile:
             raise
 
     def close(self) -> None:
-        """Give the mapping back. Arrays handed out by `dequantised` are copies and stay valid."""
+        """Give the mapping back. Arrays handed out are copies and stay valid."""
         self._map.close()
 
     def __enter__(self) -> GGUFFile:
@@ -83,6 +83,11 @@ class GGUFFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def stored(self, name: str) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, a copy."""
+        tensor = self.tensors[name]
+        return np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.start).copy()
 
     def dequantised(self, name: str) -> npt.NDArray[np.float32]:
         """The whole tensor as a new float32 array, whatever type it is stored in."""

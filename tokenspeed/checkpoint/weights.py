@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES
 
 from tokenspeed.checkpoint.config import ModelConfig, positive_int, read_folder_quantisation
-from tokenspeed.checkpoint.folder_weights import FolderWeights
+from tokenspeed.checkpoint.folder_weights import FolderWeights, Part, read_whole
+from tokenspeed.checkpoint.gguf_blocks import FORMS
 from tokenspeed.checkpoint.gguf_file import GGUFFile
+from tokenspeed.checkpoint.packing import Blocks, Packing
 from tokenspeed.checkpoint.random_weights import fill_random
 from tokenspeed.checkpoint.source import Source
 from tokenspeed.errors import CheckpointError
+from tokenspeed.kernels.forms import ROWS
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.layers.module import Weight
 from tokenspeed.parallel.shards import Piece, tensor_shape
@@ -45,6 +49,9 @@ class WeightReader(Protocol):
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Copy the tensor into `target`, which has its shape and any float dtype."""
+
+    def read_parts(self, name: str, parts: Sequence[tuple[Part, torch.Tensor]]) -> None:
+        """Copy parts of the tensor, each into its target. Where the file allows it, nothing else is read."""
 
     def close(self) -> None: ...
 
@@ -78,8 +85,9 @@ def load_weights(model: Loadable, source: Source, progress: Progress | None = No
     with contextlib.closing(open_weights(source)) as reader:
         _compare(tensor_shapes(weights), reader, model.ignored, source.path)
         total, done = sum(reader.num_bytes[name] for name in wanted), 0
+        packings = _packings(weights, reader)
         for name in (name for name in reader.shapes if name in wanted):
-            _fill(reader, name, wanted[name])
+            _fill(reader, name, wanted[name], packings)
             done += reader.num_bytes[name]
             if progress is not None:
                 progress(done, total)
@@ -104,15 +112,30 @@ def _fills(weights: Iterable[Weight]) -> dict[str, list[Fill]]:
     return fills
 
 
-def _fill(reader: WeightReader, name: str, fills: list[Fill]) -> None:
+def stored_forms(source: Source) -> dict[str, str]:
+    """The tensors of a checkpoint that kernels multiply as they are stored, with their forms."""
+    if source.dummy or source.kind != "gguf":
+        return {}
+    with contextlib.closing(_GGUFWeights(source.path)) as reader:
+        return reader.forms
+
+
+def _packings(weights: Iterable[Weight], reader: WeightReader) -> dict[int, Packing]:
+    """What takes the stored tensors of packed weights, which only GGUF files have, by the weight's id."""
+    if not isinstance(reader, _GGUFWeights):
+        return {}
+    return {id(weight): Packing(weight, reader) for weight in weights if weight.form != ROWS}
+
+
+def _fill(reader: WeightReader, name: str, fills: list[Fill], packings: Mapping[int, Packing]) -> None:
     weight, piece = fills[0]
+    if (packing := packings.get(id(weight))) is not None:
+        packing.add(name, piece)
+        return
     if not piece.part:
         reader.read_into(name, weight.parameter.data[piece.at])
         return
-    whole = torch.empty(reader.shapes[name], dtype=weight.parameter.dtype, device=weight.parameter.device)
-    reader.read_into(name, whole)
-    for weight, piece in fills:
-        weight.parameter.data[piece.at] = whole[piece.part]
+    reader.read_parts(name, [(piece.part, weight.parameter.data[piece.at]) for weight, piece in fills])
 
 
 def default_dtype(config: ModelConfig, platform: Platform) -> torch.dtype:
@@ -180,17 +203,37 @@ class _GGUFWeights:
         self._stored = {_hugging_face_name(name): name for name in stored}
         self.shapes = {name: self._gguf.tensors[stored].shape for name, stored in self._stored.items()}
         self.num_bytes = {name: self._gguf.tensors[stored].num_bytes for name, stored in self._stored.items()}
+        types = {name: self._gguf.tensors[stored].type for name, stored in self._stored.items()}
+        matrices = (name for name, shape in self.shapes.items() if len(shape) == 2)
+        self.forms = {name: FORMS[types[name]][0] for name in matrices if types[name] in FORMS}
+
+    def blocks(self, name: str) -> Blocks:
+        tensor = self._gguf.tensors[self._stored[name]]
+        rows = torch.from_numpy(self._gguf.stored(tensor.name).reshape(tensor.shape[0], -1))
+        ordered = torch.empty_like(rows)
+        into = self._in_our_order(name, ordered)
+        into.copy_(rows.view(into.shape))
+        return Blocks(ordered, GGML_QUANT_SIZES[tensor.type][1])
+
+    def _in_our_order(self, name: str, target: torch.Tensor) -> torch.Tensor:
+        """`target` as what the stored rows are copied into."""
+        heads = self._heads.get(name.split(".")[-2])
+        if heads is None:
+            return target
+        # Stored row (head, i, half) is our row (head, half, i): rotation pairs x[i] with x[i + D/2].
+        return target.view(heads, 2, -1, *target.shape[1:]).transpose(1, 2)
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
-        heads = self._heads.get(name.split(".")[-2])
-        if heads is not None:
-            # Stored row (head, i, half) is our row (head, half, i): rotation pairs x[i] with x[i + D/2].
-            target = target.view(heads, 2, -1, *target.shape[1:]).transpose(1, 2)
+        if name.split(".")[-2] in self._heads:
+            target = self._in_our_order(name, target)
             values = torch.from_numpy(self._gguf.dequantised(self._stored[name]))
             target.copy_(values.view(target.shape))
             return
         for start, rows in self._gguf.dequantised_rows(self._stored[name]):
             target[start : start + rows.shape[0]].copy_(torch.from_numpy(rows))
+
+    def read_parts(self, name: str, parts: Sequence[tuple[Part, torch.Tensor]]) -> None:
+        read_whole(self, name, parts)
 
     def close(self) -> None:
         self._gguf.close()

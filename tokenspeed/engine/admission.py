@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -52,6 +54,17 @@ class Terms:
             )
             for index, id in enumerate(ids)
         ]
+
+
+async def admit(
+    send: Callable[[Submit], None], submits: Sequence[Submit], admitted: Sequence[asyncio.Future[None]]
+) -> None:
+    """Send these choices, and wait until the engine has queued each. Raises the first refusal."""
+    for submit in submits:
+        send(submit)
+    for outcome in await asyncio.gather(*admitted, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 def check_floor(tps_floor: float | None) -> None:

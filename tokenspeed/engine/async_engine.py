@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import random
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -17,7 +18,7 @@ import msgspec
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import Source, resolve
 from tokenspeed.config import EngineConfig
-from tokenspeed.engine.admission import Terms, as_error
+from tokenspeed.engine.admission import Terms, admit, as_error
 from tokenspeed.engine.daemon import in_daemon_thread
 from tokenspeed.engine.grammar_intake import GrammarIntake
 from tokenspeed.engine.health import Health, State
@@ -26,6 +27,8 @@ from tokenspeed.engine.link import EngineLink, Heard, InProcessLink, ProcessLink
 from tokenspeed.engine.messages import (
     Abort,
     Accepted,
+    DropCached,
+    Dropped,
     EngineStats,
     Failed,
     FinishAt,
@@ -36,12 +39,12 @@ from tokenspeed.engine.messages import (
     Lost,
     Ready,
     Refused,
-    Submit,
     Tokens,
 )
 from tokenspeed.engine.observe import StepHistograms
+from tokenspeed.engine.questions import Questions
 from tokenspeed.engine.running import Running
-from tokenspeed.engine.stream import Ending, Stream, new_choice
+from tokenspeed.engine.stream import Ending, Stream
 from tokenspeed.errors import ConfigError, TokenSpeedError, Unavailable
 from tokenspeed.request import RequestOutput, SamplingParams
 from tokenspeed.text.grammars.vocabulary import Vocabulary, marker_ids
@@ -89,8 +92,9 @@ class AsyncEngine:
         self._facts: EngineFacts | None = None
         self._intake: Intake | None = None
         self._memory: PromptMemory | None = None  # outlives an engine that is restarted
-        self._next_id = 1
+        self._ids = itertools.count(1)
         self._running = Running()
+        self._drops: Questions[Dropped] = Questions()
         self._grammars = GrammarIntake(self._vocabulary, self._teach)
         self._random = random.Random(self.config.seed) if self.config.seed is not None else None
 
@@ -213,49 +217,42 @@ class AsyncEngine:
         terms = Terms.checked(
             cache_salt=cache_salt, priority=priority, prompt_cache_key=prompt_cache_key, tps_floor=tps_floor
         )
-        taken = await self._serving().take(prompt, params, terms.salt)
-        params = taken.params
-        grammar = await self._grammars.take(params.grammar)
-        if grammar:
+        intake = self._serving()
+        taken = await intake.take(prompt, params, terms.salt)
+        params, grammar = taken.params, taken.params.grammar
+        if grammar is not None:
             # What a grammar lets through is text of the answer, the marks of formats included.
             shown = marker_ids(self.tokenizer).union(params.shown_special_ids)
             params = msgspec.structs.replace(params, grammar=None, shown_special_ids=tuple(sorted(shown)))
-        self._serving()
         seed = params.seed if params.seed is not None else self._draw_seed()
         eos = frozenset() if params.ignore_eos else frozenset(self.facts.eos_token_ids)
         stream = Stream(
             request_id or f"req-{uuid.uuid4().hex}",
             taken.ids,
-            [
-                new_choice(self._take_id(), index, self.tokenizer, params, eos, make_ending and make_ending())
-                for index in range(params.n)
-            ],
+            [intake.choice(next(self._ids), index, params, eos, make_ending) for index in range(params.n)],
             abort_choice=lambda id: self._link.send(Abort(id)),
             finish_choice=lambda id, tokens: self._link.send(FinishAt(id, tokens)),
             on_end=lambda stream: self._ended(stream, taken),
         )
-        submits = terms.submits([choice.id for choice in stream.choices], taken.raw, params, seed, grammar)
         admitted = self._running.add(stream)
         at_once = 1 if params.n > 1 and self._caches(taken.ids, params) else params.n
         try:
-            await self._admit(submits[:at_once], admitted[:at_once])
+            name = await self._grammars.take_for(grammar, terms.salt, admitted[0])
+            if name is None:
+                return stream  # aborted meanwhile
+            self._serving()
+            submits = terms.submits([choice.id for choice in stream.choices], taken.raw, params, seed, name)
+            await admit(self._link.send, submits[:at_once], admitted[:at_once])
             if at_once < params.n and await stream.begun():
                 # The prompt is in the cache now, but the grammar may have left the engine's.
-                await self._grammars.take(taken.params.grammar)
-                await self._admit(submits[at_once:], admitted[at_once:])
+                await self._grammars.take(grammar, terms.salt)
+                await admit(self._link.send, submits[at_once:], admitted[at_once:])
         except BaseException:
             await stream.aclose()
             raise
         return stream
 
-    async def _admit(self, submits: list[Submit], admitted: list[asyncio.Future[None]]) -> None:
-        for submit in submits:
-            self._link.send(submit)
-        for outcome in await asyncio.gather(*admitted, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
-
-    def _caches(self, ids: list[int], params: SamplingParams) -> bool:
+    def _caches(self, ids: Sequence[int], params: SamplingParams) -> bool:
         """Whether a prompt leaves blocks that an equal one finds."""
         reusable = self.config.enable_prefix_caching and params.prompt_logprobs is None
         return reusable and len(ids) > self.facts.block_size
@@ -289,6 +286,11 @@ class AsyncEngine:
             await stream.abort()
         return bool(streams)
 
+    async def drop_cached(self) -> Dropped:
+        """Free every KV block that is cached and that no request holds."""
+        self._serving()
+        return await self._drops.ask(lambda number: self._link.send(DropCached(number)))
+
     # Inside ------------------------------------------------------------------------------------------
 
     def _serving(self) -> Intake:
@@ -309,10 +311,6 @@ class AsyncEngine:
 
     def _draw_seed(self) -> int:
         return secrets.randbits(63) if self._random is None else self._random.getrandbits(63)
-
-    def _take_id(self) -> int:
-        self._next_id += 1
-        return self._next_id - 1
 
     def _teach(self, lesson: Learn) -> None:
         if self._state != "draining":
@@ -340,6 +338,8 @@ class AsyncEngine:
                 self._steps = steps or self._steps
             case Learnt():
                 self._grammars.learnt(message)
+            case Dropped(id):
+                self._drops.answer(id, message)
             case Accepted(id):
                 self._running.admitted(id, None)
             case Refused():
@@ -376,6 +376,7 @@ class AsyncEngine:
     def _leave_nobody_waiting(self, failure: Unavailable) -> None:
         self._running.fail(failure)
         self._grammars.fail(failure)
+        self._drops.fail(failure)
 
     def _fail(self, error: str) -> None:
         """From now on dead: nobody is left waiting."""

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.messages import Failed, FromEngine, Lost, Ready, Shutdown, Start, ToEngine
-from tokenspeed.engine.transport import Channel
+from tokenspeed.engine.transport import Hearing
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,13 @@ class EngineLink(Protocol):
         """End the engine and wait for it. Idempotent; an engine stopped before it was started never starts."""
 
 
+class MortalLink(EngineLink, Protocol):
+    """One that can also be ended by force."""
+
+    def kill(self) -> None:
+        """`Failed` follows, unless it was over."""
+
+
 class ProcessLink:
     """The engine as a child process. A `Failed` is made up when the child dies without a word.
 
@@ -52,11 +59,12 @@ class ProcessLink:
 
     def __init__(self, *, log_level: str = "info", log_format: str = "text") -> None:
         self._log = (log_level, log_format)
-        self._channel: Channel[FromEngine] | None = None
+        self._channel: Hearing[FromEngine] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._stopping = False
         self._ready = False
+        self._failed = False
 
     async def start(self, config: EngineConfig, receive: Receive) -> None:
         if self._stopping:
@@ -70,31 +78,32 @@ class ProcessLink:
                     stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True,
                     env=QUIET_TORCH | os.environ,
                 )  # fmt: skip
-            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            _, self._channel = await asyncio.get_running_loop().create_unix_connection(
+                lambda: Hearing[FromEngine](FromEngine, lambda message: self._heard(message, receive)), sock=ours
+            )
         except BaseException:
             ours.close()  # a child that was started reads the end of the stream and ends
             raise
-        self._channel = Channel(reader, writer, FromEngine)
         self._channel.send(Start(config))
-        self._reader = asyncio.create_task(self._read(self._channel, receive))
+        self._reader = asyncio.create_task(self._until_over(self._channel, receive))
         if self._stopping:
             self._process.kill()
 
-    async def _read(self, channel: Channel[FromEngine], receive: Receive) -> None:
-        failed = False
+    def _heard(self, message: FromEngine, receive: Receive) -> None:
+        self._failed = self._failed or isinstance(message, Failed)
+        self._ready = self._ready or isinstance(message, Ready)
+        receive(message)
+
+    async def _until_over(self, channel: Hearing[FromEngine], receive: Receive) -> None:
         try:
-            while True:
-                message = await channel.receive()
-                failed = failed or isinstance(message, Failed)
-                self._ready = self._ready or isinstance(message, Ready)
-                receive(message)
+            await channel.over
         except EOFError:
-            if not failed:
+            if not self._failed:
                 receive(Failed(f"the engine process is gone ({await self._status()})", config=False))
         except Exception as error:
             # Whatever it was, nobody listens to the engine any more: every stream must hear of it.
             log.exception("reading from the engine failed")
-            if not failed:
+            if not self._failed:
                 receive(Failed(f"reading from the engine failed: {type(error).__name__}", config=False))
 
     async def _status(self) -> str:
@@ -108,6 +117,11 @@ class ProcessLink:
     def send(self, message: ToEngine) -> None:
         if self._channel is not None:
             self._channel.send(message)
+
+    def kill(self) -> None:
+        """End the child at once, stopped or not; its end is told like any other."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
 
     @property
     def pid(self) -> int | None:

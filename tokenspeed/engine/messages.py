@@ -1,7 +1,7 @@
 """What the front end and the engine process say to each other: msgspec structs in msgpack frames.
 
-Front end → engine: `Start`, `Learn`, `Submit`, `Abort`, `FinishAt`, `Shutdown`.
-Engine → front end: `Loading`, `Ready`, `Failed`, `Learnt`, `Accepted`, `Refused`, `Tokens`, `Heartbeat`.
+Front end → engine: `Start`, `Learn`, `Submit`, `Abort`, `FinishAt`, `DropCached`, `Shutdown`.
+Engine → front end: `Loading`, `Ready`, `Failed`, `Learnt`, `Dropped`, `Accepted`, `Refused`, `Tokens`, `Heartbeat`.
 An engine inside the caller's process exchanges the same objects without encoding them.
 """
 
@@ -95,6 +95,12 @@ class FinishAt(msgspec.Struct, tag="finish", frozen=True):
     num_tokens: int
 
 
+class DropCached(msgspec.Struct, tag="drop_cached", frozen=True):
+    """Free all KV blocks that are cached and that no request holds; answered by a `Dropped`."""
+
+    id: int
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """End the engine process; whatever still runs is dropped."""
 
@@ -141,6 +147,14 @@ class Learnt(msgspec.Struct, tag="learnt", frozen=True):
     error: str = ""
     lacks_vocabulary: bool = False
     full: bool = False
+
+
+class Dropped(msgspec.Struct, tag="dropped", frozen=True):
+    """The answer to the `DropCached` of this id: how many blocks were freed, and how many requests hold."""
+
+    id: int
+    num_blocks: int
+    num_held: int
 
 
 class Accepted(msgspec.Struct, tag="accepted", frozen=True):
@@ -193,5 +207,5 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
     steps: StepHistograms | None = None
 
 
-ToEngine = Start | Learn | Submit | Abort | FinishAt | Shutdown
-FromEngine = Loading | Ready | Failed | Learnt | Accepted | Refused | Tokens | Heartbeat
+ToEngine = Start | Learn | Submit | Abort | FinishAt | DropCached | Shutdown
+FromEngine = Loading | Ready | Failed | Learnt | Dropped | Accepted | Refused | Tokens | Heartbeat

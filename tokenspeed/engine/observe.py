@@ -34,6 +34,11 @@ class Histogram(msgspec.Struct):
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
+    def add(self, counts: list[int], total: float) -> None:
+        """Take in what was counted elsewhere in the same buckets."""
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, counts, strict=True)]
+        self.total += total
+
 
 class StepHistograms(msgspec.Struct):
     """Over all steps since the start: the time from one landing to the next while there was work, and the tokens."""

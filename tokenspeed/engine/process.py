@@ -24,7 +24,7 @@ from tokenspeed.logs import configure_logging
 log = logging.getLogger(__name__)
 
 
-async def serve(descriptor: int) -> int:
+async def serve(descriptor: int, level: str, style: str) -> int:
     """Serve one engine over the socket of that descriptor; the return value is the exit status."""
     reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=descriptor))
     channel: Channel[ToEngine] = Channel(reader, writer, ToEngine)
@@ -38,7 +38,7 @@ async def serve(descriptor: int) -> int:
     def emit(message: FromEngine) -> None:
         channel.send(message)
 
-    service = EngineService(first.config, emit)
+    service = EngineService(first.config, emit, log_style=(level, style))
     inputs = asyncio.create_task(_inputs(channel, service.handle))
     try:
         starting = asyncio.create_task(service.start())
@@ -79,7 +79,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     level, style = sys.argv[2], sys.argv[3]
     configure_logging(level, style, role="engine")
-    sys.exit(uvloop.run(serve(int(sys.argv[1]))))
+    status = uvloop.run(serve(int(sys.argv[1]), level, style))
+    if status:
+        # A thread may wait for a rank that is gone, inside of a library that would wait for it, too.
+        logging.shutdown()
+        os._exit(status)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from tokenspeed.engine.lane import Lane, carry
 from tokenspeed.engine.messages import ChoiceTokens
 from tokenspeed.engine.stream import Choice, Stream
 from tokenspeed.errors import InternalError, RequestError
@@ -19,6 +20,7 @@ class Running:
         self.idle = asyncio.Event()
         self.idle.set()
         self._choices: dict[int, tuple[Stream, Choice]] = {}
+        self._lanes: dict[int, Lane] = {}
         self._admissions: dict[int, asyncio.Future[None]] = {}
         self._labels: dict[str, set[Stream]] = {}
 
@@ -29,8 +31,11 @@ class Running:
         admitted: list[asyncio.Future[None]] = []
         for choice in stream.choices:
             self._choices[choice.id] = (stream, choice)
-            admitted.append(asyncio.get_running_loop().create_future())
-            self._admissions[choice.id] = admitted[-1]
+            if choice.lane is not None:
+                self._lanes[choice.id] = choice.lane
+            admission = self._admissions[choice.id] = asyncio.get_running_loop().create_future()
+            admission.add_done_callback(lambda future: future.cancelled() or future.exception())  # some nobody awaits
+            admitted.append(admission)
         return admitted
 
     def labelled(self, label: str) -> list[Stream]:
@@ -53,7 +58,7 @@ class Running:
 
     def deliver(self, gained: list[ChoiceTokens]) -> None:
         """Hand each choice what it gained. What goes wrong in one request's text ends that request alone."""
-        for item in gained:
+        for item in carry(gained, self._lanes, asyncio.get_running_loop().time(), self._failed):
             entry = self._choices.get(item.id)
             if entry is None:
                 continue
@@ -61,8 +66,12 @@ class Running:
             try:
                 stream.feed(choice, item)
             except Exception:
-                log.exception("request %s is ended", stream.request_id)
-                stream.fail(InternalError("the server could not turn this request's tokens into text"))
+                self._failed(item)
+
+    def _failed(self, item: ChoiceTokens) -> None:
+        stream, _ = self._choices[item.id]
+        log.exception("request %s is ended", stream.request_id)
+        stream.fail(InternalError("the server could not turn this request's tokens into text"))
 
     def fail(self, error: RequestError) -> None:
         """Nothing more comes from this engine: nobody is left waiting."""
@@ -76,6 +85,7 @@ class Running:
         """Nothing more will come for a stream."""
         for choice in stream.choices:
             self._choices.pop(choice.id, None)
+            self._lanes.pop(choice.id, None)
             pending = self._admissions.pop(choice.id, None)
             if pending is not None and not pending.done():
                 pending.set_result(None)  # whoever submits it finds the stream ended

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from tokenspeed._core import Misuse, Policy, Refusal, Scheduler
-from tokenspeed._core.record import RecordingScheduler
+from tokenspeed._core.record import Journal, Recorder, RecordingScheduler
 from tokenspeed.config import STEERED_FLOOR, EngineConfig
+from tokenspeed.engine.daemon import in_daemon_thread
 from tokenspeed.engine.grammars import Grammars
+from tokenspeed.engine.lockstep import Leader, LeadingExecutor
 from tokenspeed.engine.messages import (
     Abort,
     Accepted,
     ChoiceTokens,
+    DropCached,
+    Dropped,
     Failed,
     FinishAt,
     FromEngine,
@@ -38,10 +42,13 @@ from tokenspeed.engine.messages import (
     ToEngine,
     Tokens,
 )
+from tokenspeed.engine.ranks import Ranks
 from tokenspeed.engine.step_loop import StepLoop
 from tokenspeed.errors import ConfigError, InvalidRequest
 from tokenspeed.executor.interface import Executor
-from tokenspeed.executor.load import LoadedExecutor, load_executor
+from tokenspeed.executor.load import JOIN_SECONDS, LoadedExecutor, Progress, load_executor
+from tokenspeed.parallel.launched import served_mesh
+from tokenspeed.parallel.world import World
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +115,17 @@ class EngineService:
     """Owns the control plane, the executor and the loop of one engine. `emit` takes every answer.
 
     `emit` is called on the event loop, except while loading, when progress comes from a worker thread
-    through `call_soon_threadsafe`.
+    through `call_soon_threadsafe`. The logs of other ranks are of `log_style`, level and format.
     """
 
-    def __init__(self, config: EngineConfig, emit: Callable[[FromEngine], None]) -> None:
+    def __init__(
+        self, config: EngineConfig, emit: Callable[[FromEngine], None], *, log_style: tuple[str, str] = ("info", "text")
+    ) -> None:
         self._config = config
         self._emit = emit
+        self._log_style = log_style
+        self._ranks: Ranks | None = None
+        self._world: World | None = None
         self._loop: StepLoop | None = None
         self._executor: Executor | None = None
         self._recording: RecordingScheduler | None = None
@@ -133,7 +145,7 @@ class EngineService:
         try:
             if self._config.record is not None:
                 _try_record(self._config.record)
-            loaded = await asyncio.to_thread(load_executor, self._config, progress)
+            loaded = await self._load(progress)
             self._executor = loaded.executor
             self._loop = self._build(loaded)
         except ConfigError as error:
@@ -160,20 +172,43 @@ class EngineService:
             )
         )
 
+    async def _load(self, progress: Progress) -> LoadedExecutor:
+        """An executor, and with it this rank's place among the others."""
+        if served_mesh(self._config.parallel).world == 1:
+            return await asyncio.to_thread(load_executor, self._config, progress)
+        level, style = self._log_style
+        ranks = self._ranks = await Ranks.start(
+            self._config, join_seconds=JOIN_SECONDS, log_level=level, log_format=style
+        )
+        # A thread that waits for a rank that never comes must not keep the process.
+        loaded = await ranks.while_alive(
+            in_daemon_thread(
+                lambda: load_executor(self._config, progress, ranks.place, join_seconds=ranks.join_seconds)
+            )
+        )
+        self._world = loaded.world
+        return loaded
+
     def _build(self, loaded: LoadedExecutor) -> StepLoop:
+        debug = os.environ.get("TOKENSPEED_DEBUG") == "1"
+        executor, leader = loaded.executor, None
+        if self._ranks is not None and loaded.world is not None:
+            leader = Leader(loaded.world.send, self._ranks.lose_soon, debug=debug)
+            self._ranks.watch_steps(leader.stuck, self._config.watchdog_seconds)
+            executor = LeadingExecutor(executor, leader)
         return StepLoop(
-            self._control_plane(loaded),
-            loaded.executor,
+            self._control_plane(loaded, leader),
+            executor,
             overlap=self._config.overlap,
             vocab_size=loaded.vocab_size,
             eos_token_ids=loaded.eos_token_ids,
             publish=self._publish,
             grammars=self._grammars,
             tps_floor=STEERED_FLOOR if self._config.tps_floor is None else self._config.tps_floor,
-            debug=os.environ.get("TOKENSPEED_DEBUG") == "1",
+            debug=debug,
         )
 
-    def _control_plane(self, loaded: LoadedExecutor) -> Scheduler:
+    def _control_plane(self, loaded: LoadedExecutor, leader: Leader | None) -> Scheduler:
         sizes: dict[str, Any] = {
             "num_blocks": loaded.executor.num_blocks,
             "limits": loaded.limits,
@@ -184,11 +219,16 @@ class EngineService:
             "policy": _policy(self._config),
         }
         path = self._config.record
-        if path is None:
+        if path is None and leader is None:
             return Scheduler(**sizes)
-        with _naming_record(path):
-            self._recording = RecordingScheduler.open(Path(path), **sizes)
-        log.warning("every call of the control plane, prompts included, is recorded in %s", path)
+        recorder: Recorder | None = leader
+        with _naming_record(path or ""):
+            if path is not None:
+                journal = Journal(Path(path))
+                log.warning("every call of the control plane, prompts included, is recorded in %s", path)
+                recorder = journal if leader is None else leader.through(journal)
+            assert recorder is not None
+            self._recording = RecordingScheduler.through(recorder, **sizes)
         return self._recording
 
     def handle(self, message: ToEngine) -> None:
@@ -205,6 +245,8 @@ class EngineService:
                 lesson.add_done_callback(self._lessons.discard)
             case Abort() | FinishAt():
                 _ended(loop, message)
+            case DropCached(id):
+                self._emit(Dropped(id, *loop.drop_cached()))
             case Shutdown():
                 loop.stop()
             case Start():
@@ -224,7 +266,10 @@ class EngineService:
         for task in background:
             task.cancel()
         tasks = background if self._serving is None else [*background, self._serving]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        *_, outcome = await asyncio.gather(*tasks, return_exceptions=True) if tasks else [None]
+        served = self._serving is not None and outcome is None
+        # A step that waits for a rank which is gone never ends, and neither does the executor.
+        lost = self._ranks is not None and self._ranks.let_go()
         self._loop = None
         if self._recording is not None:
             try:
@@ -232,8 +277,12 @@ class EngineService:
             except OSError as error:
                 log.error("the recording lacks its end: %s", error)
             self._recording = None
-        if self._executor is not None:
+        if self._executor is not None and not lost:
             self._executor.close()
+        if self._ranks is not None:
+            await self._ranks.end(at_once=not served)
+        if self._world is not None:
+            self._world.leave()
 
     async def _learn(self, message: Learn) -> None:
         try:
@@ -249,7 +298,7 @@ class EngineService:
 
     async def _serve(self, loop: StepLoop) -> None:
         try:
-            await loop.run()
+            await (loop.run() if self._ranks is None else self._ranks.while_alive(loop.run()))
         except Exception as error:
             # Not a rescue: every stream is told, then the engine ends with this very exception.
             self._loop = None

@@ -19,9 +19,10 @@ import numpy as np
 
 from tokenspeed._core import Refusal
 from tokenspeed._core.scheduler import Scheduler
-from tokenspeed.batch import Finish, Int32Array, Logprobs, Outputs, Plan, StepResult
+from tokenspeed.batch import Finish, Int32Array, Logprobs, Plan, StepResult
 from tokenspeed.engine.grammars import Constraint, Grammars
 from tokenspeed.engine.messages import ChoiceTokens, EngineStats, Submit
+from tokenspeed.engine.moves import Moves
 from tokenspeed.engine.observe import Pace, StepHistograms
 from tokenspeed.engine.step_timer import StepTimer
 from tokenspeed.errors import InvalidRequest, InvariantBroken
@@ -58,6 +59,10 @@ class Known:
     num_tokens: int = 0
     queue_seconds: float | None = None
     started: bool = False
+
+
+Gain = tuple[Known, tuple[int, int, int, int, int, int, int]]
+"""An entry of a step's outputs, and whose it is."""
 
 
 @dataclass(slots=True)
@@ -97,6 +102,7 @@ class StepLoop:
         self._eos = eos_token_ids
         self._publish_to = publish
         self._grammars = grammars or Grammars()
+        self._moves = Moves()
         self._tps_floor = tps_floor
         self._debug = debug
         self._buffers = [executor.new_buffers() for _ in range(overlap + 1)]
@@ -186,6 +192,10 @@ class StepLoop:
         self._forget(request_id)
         self._wake.set()
 
+    def drop_cached(self) -> tuple[int, int]:
+        """Free all cached blocks that no request holds: how many there were, and how many are held."""
+        return self._core.drop_cached(), self._core.stats().blocks_used
+
     def stop(self) -> None:
         """Let `run` return after the steps in flight."""
         self._stopping = True
@@ -205,7 +215,7 @@ class StepLoop:
                 turn = (turn + 1) % len(self._buffers)
             if len(flights) > self._overlap or (plan is None and flights):
                 launched, flight = flights.popleft()
-                self._land(launched, await flight.tokens(), flights)
+                await self._land(launched, flight, flights)
             elif plan is None:
                 if self._stopping:
                     return
@@ -244,7 +254,8 @@ class StepLoop:
         known = self._known.get(request_id)
         return None if known is None else known.constraint.mask
 
-    def _land(self, plan: Plan, result: StepResult, flights: Flights) -> None:
+    async def _land(self, plan: Plan, flight: Flight, flights: Flights) -> None:
+        result = await flight.tokens()
         start = time.perf_counter()
         self._collect_prompt_logprobs(plan, result)
         seconds = result.times.forward + result.times.sample
@@ -255,7 +266,16 @@ class StepLoop:
         self._steps += 1
         if self._leaving:
             self._note_departures()
-        choices = self._choices(result, outputs)
+        gains = [(known, entry) for entry in outputs.entries() if (known := self._known.get(entry[0])) is not None]
+        if flight.masked:
+            await self._moves.make(
+                [
+                    (known.constraint, token)
+                    for known, (_, _, token, count, finish, _, _) in gains
+                    if known.constraint.masked and count and finish == Finish.NONE
+                ]
+            )
+        choices = self._choices(result, gains)
         self._mask(flights)
         if choices:
             self._publish_to(choices)
@@ -276,12 +296,11 @@ class StepLoop:
 
     # Outputs -----------------------------------------------------------------------------------
 
-    def _choices(self, result: StepResult, outputs: Outputs) -> list[ChoiceTokens]:
+    def _choices(self, result: StepResult, gains: list[Gain]) -> list[ChoiceTokens]:
         choices = []
-        for request_id, index, token, count, finish, stop_id, cached in outputs.entries():
-            known = self._known.get(request_id)
-            if known is None:
-                continue
+        for known, (request_id, index, token, count, finish, stop_id, cached) in gains:
+            if self._known.get(request_id) is not known:
+                continue  # aborted while grammars moved on
             logprobs = None
             if result.logprobs is not None and known.params.logprobs is not None and count:
                 logprobs = [_entry(result.logprobs, index, known.params.logprobs)]
@@ -291,7 +310,7 @@ class StepLoop:
                 self._paces[request_id] = known.pace
             known.pace.tokens += count
             known.num_tokens += count
-            ended = known.constraint.advance(token, count, finish)
+            ended = known.constraint.settle(finish) if count else finish
             if ended != finish:
                 self._core.finish(request_id, known.num_tokens)
             choices.append(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol
 
 from tokenspeed.batch import Finish
+from tokenspeed.engine.lane import Gaps, Lane, Outlet, Pieces, Way
 from tokenspeed.engine.messages import ChoiceTokens
 from tokenspeed.errors import RequestError
 from tokenspeed.request import FinishReason, RequestOutput, SamplingParams
@@ -29,10 +31,39 @@ Ending = Callable[[str], bool]
 """Told the text of a choice, delta by delta: whether the choice ends with it."""
 
 
-class Choice:
-    """The state of one of a request's `n` continuations in the front end. `token_ids` are all that it has gained."""
+class Direct(Protocol):
+    """What writes outputs down, where more text alone can also go straight to a connection (`lane`)."""
 
-    def __init__(self, id: int, index: int, text: OutputText, eos: frozenset[int], ending: Ending | None) -> None:
+    outlet: Outlet
+    gaps: Gaps
+
+    def way(self, index: int) -> tuple[Way, float, int] | None:
+        """How more text of a choice would be told, when its last token came, and the number of the next event.
+
+        None where more text may be anything else than one event.
+        """
+        ...
+
+    def passed(self, index: int, text: str, num_tokens: int, num_events: int, last: float) -> None:
+        """What went straight since then, the last token at `last`. Told before anything else of the choice is taken."""
+        ...
+
+
+class Choice:
+    """The state of one of a request's `n` continuations in the front end. `token_ids` are all that it has gained.
+
+    Without `pieces` every token goes the long way.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        index: int,
+        text: OutputText,
+        eos: frozenset[int],
+        ending: Ending | None,
+        pieces: Pieces | None = None,
+    ) -> None:
         self.id = id
         self.index = index
         self.text = text
@@ -42,6 +73,7 @@ class Choice:
         self.num_tokens = 0
         self.num_cached = 0
         self.done = False
+        self.lane = None if pieces is None or ending is not None else Lane(pieces, self.token_ids, text.stops)
 
 
 class Stream(AsyncIterator[RequestOutput]):
@@ -54,7 +86,7 @@ class Stream(AsyncIterator[RequestOutput]):
     def __init__(
         self,
         request_id: str,
-        prompt_token_ids: list[int],
+        prompt_token_ids: Sequence[int],
         choices: list[Choice],
         *,
         abort_choice: Callable[[int], None],
@@ -72,6 +104,7 @@ class Stream(AsyncIterator[RequestOutput]):
         self._pending: deque[RequestOutput] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._take: Take | None = None
+        self._direct: Direct | None = None
         self._full = False
         self._raised: Exception | None = None
         self._error: RequestError | None = None
@@ -82,6 +115,7 @@ class Stream(AsyncIterator[RequestOutput]):
         """Turn what one choice gained into a delta. Called once a step and choice."""
         if choice.done:
             return
+        self._settle(choice)
         if self.queue_seconds is None:
             self.queue_seconds = gained.queue_seconds
         choice.num_cached = max(choice.num_cached, gained.cached)
@@ -123,10 +157,34 @@ class Stream(AsyncIterator[RequestOutput]):
         )
         if reason is not None:
             self._end_choice(choice)
+        elif self._direct is not None and choice.lane is not None and (rest := choice.text.rest) is not None:
+            found = self._direct.way(choice.index)
+            if found is not None:
+                way, last, number = found
+                choice.lane.open(way, self._direct.outlet, self._direct.gaps, rest, last, number)
+
+    def _settle(self, choice: Choice) -> None:
+        """Nothing more goes straight; what did is known from now on as if it had been fed."""
+        lane = choice.lane
+        if lane is not None and lane.is_open and (count := lane.close()):
+            assert self._direct is not None
+            choice.num_tokens += count
+            text = choice.text.passed(choice.token_ids[-count:])
+            self._direct.passed(choice.index, text, count, lane.num_events, lane.last)
+
+    def settle(self) -> None:
+        """As if all that went straight had gone the long way."""
+        for choice in self.choices:
+            self._settle(choice)
+
+    def _stop_taking(self) -> None:
+        self.settle()
+        self._take = self._direct = None
 
     def fail(self, error: RequestError) -> None:
         """Nothing more can come: deltas already here are still delivered, then the iterator raises `error`."""
         self._error = error
+        self.settle()
         for choice in self.choices:
             if not choice.done:
                 self._abort_choice(choice.id)
@@ -143,7 +201,7 @@ class Stream(AsyncIterator[RequestOutput]):
         except Exception as error:
             self._raised = error  # by `each`, to whoever awaits it
         if self._full or self._raised is not None:
-            self._take = None
+            self._stop_taking()
             self._notify()
 
     def _notify(self) -> None:
@@ -192,11 +250,13 @@ class Stream(AsyncIterator[RequestOutput]):
             await self.abort()
             raise
 
-    async def each(self, take: Take, room: Callable[[], Awaitable[None]]) -> None:
+    async def each(
+        self, take: Take, room: Callable[[], Awaitable[None]], direct: Direct | None = None
+    ) -> None:
         """Give every output to `take` at once when it is there; returns after the last. Instead of iterating.
 
         There is no wake-up of a task a token, which is a third of what a streamed token costs. When `take` says so
-        `room` is awaited, and outputs wait. What `take` raises is raised here.
+        `room` is awaited, and outputs wait. What `take` raises is raised here. Plain text may also go by `direct`.
         """
         loop = asyncio.get_running_loop()
         while True:
@@ -207,15 +267,15 @@ class Stream(AsyncIterator[RequestOutput]):
                 raise self._error
             if self._open == 0:
                 return
-            self._take, self._waiter, self._full = take, loop.create_future(), False
+            self._take, self._direct, self._waiter, self._full = take, direct, loop.create_future(), False
             try:
                 await self._waiter
             except asyncio.CancelledError:
-                self._take = None
+                self._stop_taking()
                 await self.abort()
                 raise
             finally:
-                self._take = None
+                self._stop_taking()
             if self._raised is not None:
                 raise self._raised
             if self._full:
@@ -223,6 +283,7 @@ class Stream(AsyncIterator[RequestOutput]):
 
     async def abort(self) -> None:
         """End every choice that still runs; each gets a last output with reason abort. Idempotent."""
+        self.settle()
         for choice in self.choices:
             if not choice.done:
                 self._abort_choice(choice.id)
@@ -245,7 +306,13 @@ class Stream(AsyncIterator[RequestOutput]):
 
 
 def new_choice(
-    id: int, index: int, tokenizer: Tokenizer, params: SamplingParams, eos: frozenset[int], ending: Ending | None
+    id: int,
+    index: int,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    eos: frozenset[int],
+    ending: Ending | None,
+    pieces: Pieces | None = None,
 ) -> Choice:
-    """A choice with its own detokenizer and stop-string matcher."""
-    return Choice(id, index, OutputText(tokenizer, params, eos_token_ids=eos), eos, ending)
+    """A choice with its own detokenizer and stop-string matcher. `pieces` are those of the tokenizer."""
+    return Choice(id, index, OutputText(tokenizer, params, eos_token_ids=eos), eos, ending, pieces)

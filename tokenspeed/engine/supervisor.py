@@ -1,4 +1,4 @@
-"""An engine process that is started again when it dies."""
+"""An engine process that is started again when it dies, or is not heard of any more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from msgspec import structs
 
 from tokenspeed.config import EngineConfig
-from tokenspeed.engine.link import EngineLink, Heard, Receive
+from tokenspeed.engine.link import Heard, MortalLink, Receive
 from tokenspeed.engine.messages import Failed, Lost, Ready, ToEngine
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,10 @@ WINDOW_SECONDS = 600.0
 
 LONGEST_PAUSE = 30.0
 
+TICKS = 10
+"""Looks without a message, one after another, until an engine counts as silent: this process may have been stopped
+itself, which is a single long one."""
+
 
 class SupervisedLink:
     """`EngineLink` over engines of `make`: the next takes the place of one that died.
@@ -28,11 +32,16 @@ class SupervisedLink:
     `receive` then gets `Lost` instead of `Failed`, and later the `Ready` of the next. A death is final, and `Failed`
     as ever, when the engine was never ready, when its configuration cannot work, or after `restarts` within
     `WINDOW_SECONDS`. The first restart comes at once, each further one after twice the pause.
+
+    An engine that serves and says nothing for `silence` seconds, not even a heartbeat, is killed; 0: never.
     """
 
-    def __init__(self, make: Callable[[], EngineLink], *, restarts: int) -> None:
+    def __init__(self, make: Callable[[], MortalLink], *, restarts: int, silence: float = 0.0) -> None:
         self._make = make
         self._restarts = restarts
+        self._silence = silence
+        self._spoke = False
+        self._watching: asyncio.Task[None] | None = None
         self._link = make()
         self._config = EngineConfig()
         self._receive: Receive | None = None
@@ -51,6 +60,7 @@ class SupervisedLink:
 
     async def stop(self) -> None:
         self._stopping = True  # an engine that ends now has been told to
+        self._unwatch()
         if self._restarting is not None:
             self._restarting.cancel()
             await asyncio.gather(self._restarting, return_exceptions=True)
@@ -58,11 +68,17 @@ class SupervisedLink:
 
     def _hear(self, message: Heard) -> None:
         assert self._receive is not None
+        self._spoke = True
         match message:
             case Ready(summary=summary):
                 if self._was_ready:
                     log.info("the engine serves again: %s", summary)
                 self._was_ready = True
+                if self._silence:
+                    self._watching = asyncio.create_task(self._watch(self._link))
+            case Failed():
+                self._unwatch()
+        match message:
             case Failed(error, config=False) if self._was_ready and not self._stopping:
                 pause = self._next_pause()
                 if pause is not None:
@@ -74,6 +90,20 @@ class SupervisedLink:
                     log.error("the engine is not started again: %s", error)
                     message = Failed(error, config=False)
         self._receive(message)
+
+    async def _watch(self, link: MortalLink) -> None:
+        missed = 0
+        while missed < TICKS:
+            self._spoke = False
+            await asyncio.sleep(self._silence / TICKS)
+            missed = 0 if self._spoke else missed + 1
+        log.error("the engine has not been heard of for %.0f s and is killed", self._silence)
+        link.kill()
+
+    def _unwatch(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
 
     def _next_pause(self) -> float | None:
         """Seconds to wait before the next start, None for no more."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 import msgspec
 
+from tokenspeed.engine.lane import Way
 from tokenspeed.entrypoints.errors import error_body
 from tokenspeed.errors import RequestError
 from tokenspeed.request import FinishReason, RequestOutput, TokenLogprob
@@ -98,6 +99,17 @@ class Answer(Protocol):
         """The server-sent events for a delta of choice `index`; empty when the delta tells nothing yet."""
         ...
 
+    def way(self, index: int) -> tuple[Way, int] | None:
+        """How more text alone of choice `index` would be told, and the number of that event; None if not by one event.
+
+        Asked after an event of that choice. Text that then goes that way is told by `passed` before the next event.
+        """
+        ...
+
+    def passed(self, index: int, text: str, num_tokens: int, num_events: int) -> None:
+        """This is what went that way."""
+        ...
+
     def keep_alive(self) -> bytes:
         """What is sent after a long silence."""
         ...
@@ -130,6 +142,13 @@ class OpenAIEvents:
     def keep_alive(self) -> bytes:
         """A comment."""
         return KEEP_ALIVE
+
+    def way(self, index: int) -> tuple[Way, int] | None:
+        """None: every event needs all that came before it."""
+        return None
+
+    def passed(self, index: int, text: str, num_tokens: int, num_events: int) -> None:
+        """Nothing to remember: an event tells no more than its text."""
 
     def closing(self, usage: Usage) -> bytes:
         """Usage, if it was asked for, and [DONE]."""

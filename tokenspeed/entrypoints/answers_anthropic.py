@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from tokenspeed.engine.lane import Frame, Way
 from tokenspeed.entrypoints.answers import EVENT_END, KEEP_ALIVE, Gathered, Usage, encode
 from tokenspeed.entrypoints.errors import GenerationFailed, anthropic_error_body
 from tokenspeed.entrypoints.thought_signature import signature_of
@@ -15,7 +16,9 @@ from tokenspeed.request import FinishReason, RequestOutput
 from tokenspeed.text.parsers.choose import AnswerParser
 from tokenspeed.text.parsers.events import CallArguments, CallBegun, CallEnded, Content, Event, Reasoning
 from tokenspeed.text.parsers.repair import arguments_object
+from tokenspeed.text.parsers.source import ANYTHING
 from tokenspeed.text.parsers.thought_tokens import ThoughtTokens
+from tokenspeed.text.parsers.tool_parser import Passage
 
 PING = b'event: ping\ndata: {"type":"ping"}' + EVENT_END
 
@@ -25,6 +28,9 @@ _DELTAS = {
     "tool_use": ("input_json_delta", "partial_json"),
 }
 """By the type of a block: the type of what is added to it, and the field that holds it."""
+
+_BLOCKS = {Content: "text", Reasoning: "thinking", CallArguments: "tool_use"}
+CONTENT = Passage(ANYTHING, Content)
 
 
 class MessagesAnswer:
@@ -58,6 +64,7 @@ class MessagesAnswer:
         self._num_blocks = 0
         self._open: str | None = None
         self._frame: list[bytes] = []
+        self._way: tuple[Passage, Way] | None = None
         self._thoughts: list[str] = []
         self._stop: dict[str, Any] = {}
 
@@ -81,6 +88,32 @@ class MessagesAnswer:
             written.append(self._end())
             self._stop = self._stopped(output.finish_reason, output.stop_reason, output.num_output_tokens)
         return b"".join(written)
+
+    def way(self, index: int) -> tuple[Way, int] | None:
+        """See `Answer`."""
+        passage = self._passage()
+        if passage is None or _BLOCKS[passage.kind] != self._open:
+            return None
+        if passage.kind is Reasoning and not self._shows_thinking:
+            return None
+        if self._way is None or self._way[0] != passage:
+            self._way = passage, Way(Frame(*self._frame), passage.plain.but, passage.plain.escapes, passage.quoted)
+        return self._way[1], 0
+
+    def passed(self, index: int, text: str, num_tokens: int, num_events: int) -> None:
+        """See `Answer`."""
+        passage = self._passage()
+        assert passage is not None
+        event = passage.event(text)
+        if isinstance(event, Reasoning):
+            self._thoughts.append(text)
+        if self._parser is not None:
+            if self._parser.thinks and self._thought is not None:
+                self._thought.add([event], num_tokens)
+            self._parser.passed(event)
+
+    def _passage(self) -> Passage | None:
+        return CONTENT if self._parser is None else self._parser.passage()
 
     def closing(self, usage: Usage) -> bytes:
         """Why the message stopped, the final usage, and its end."""
@@ -166,6 +199,7 @@ class MessagesAnswer:
         marker = "\x00text\x00"
         name, field = _DELTAS[kind]
         delta = {"type": name, field: marker}
+        self._way = None
         self._frame = _event("content_block_delta", index=index, delta=delta).split(encode(marker))
         return ended + _event("content_block_start", index=index, content_block={"type": kind, **block})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from tokenspeed.engine.lane import Frame, Way
 from tokenspeed.entrypoints.answers import (
     Gathered,
     OpenAIEvents,
@@ -21,10 +22,13 @@ from tokenspeed.entrypoints.schema import Delivery
 from tokenspeed.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 from tokenspeed.text.parsers.choose import AnswerParser
 from tokenspeed.text.parsers.events import CallArguments, CallBegun, Content, Event, Reasoning
+from tokenspeed.text.parsers.source import ANYTHING
 from tokenspeed.text.parsers.thought_tokens import ThoughtTokens
+from tokenspeed.text.parsers.tool_parser import Passage
 
-MARKER = "\x00text\x00"
-"""Stands for the text in the frame of an event."""
+MARKER, IDS = "\x00text\x00", "\x00ids\x00"
+"""Stand for the text and the token ids in the frame of an event."""
+CONTENT = Passage(ANYTHING, Content)
 
 
 @dataclass(slots=True)
@@ -89,6 +93,7 @@ class ChatAnswer(OpenAIEvents):
         if len(reasoning_fields) == 1:
             self._reasoning = [self._frame(index, {reasoning_fields[0]: MARKER}) for index in range(params.n)]
         self._arguments: dict[tuple[int, int], list[bytes]] = {}
+        self._ways: dict[tuple[int, Passage], Way] = {}
 
     def event(self, index: int, output: RequestOutput) -> bytes:
         """See `Answer`."""
@@ -120,8 +125,32 @@ class ChatAnswer(OpenAIEvents):
             choice["token_ids"] = output.token_ids
         chunk = self._chunk(choice)
         if self._token_ids and first:
-            chunk["prompt_token_ids"] = self._prompt_token_ids
+            chunk["prompt_token_ids"] = list(self._prompt_token_ids)
         return event(chunk)
+
+    def way(self, index: int) -> tuple[Way, int] | None:
+        """See `Answer`."""
+        passage = CONTENT if self._parsers is None else self._parsers[index].passage()
+        if passage is None or self._logprobs or index not in self._started:
+            return None
+        way = self._ways.get((index, passage))
+        if way is None:
+            if passage.kind is Reasoning and len(self._reasoning_fields) != 1:
+                return None
+            way = self._ways[index, passage] = self._new_way(index, passage)
+        return way, 0
+
+    def passed(self, index: int, text: str, num_tokens: int, num_events: int) -> None:
+        """See `Answer`."""
+        if self._parsers is None:
+            return
+        parser = self._parsers[index]
+        passage = parser.passage()
+        assert passage is not None
+        event = passage.event(text)
+        if parser.thinks and self._thoughts is not None:
+            self._thoughts[index].add([event], num_tokens)
+        parser.passed(event)
 
     def closing(self, usage: Usage) -> bytes:
         """See `Answer`."""
@@ -138,13 +167,28 @@ class ChatAnswer(OpenAIEvents):
         if self._prompt_logprobs:
             body["prompt_logprobs"] = prompt_logprobs_json(choices[0].prompt_logprobs, self._texts)
         if self._token_ids:
-            body["prompt_token_ids"] = self._prompt_token_ids
+            body["prompt_token_ids"] = list(self._prompt_token_ids)
         return encode(body)
 
     def _frame(self, index: int, delta: dict[str, Any]) -> list[bytes]:
         """What stands before and behind the text `MARKER` in an event that adds only text."""
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return event(self._chunk(choice)).split(encode(MARKER))
+
+    def _new_way(self, index: int, passage: Passage) -> Way:
+        if passage.kind is CallArguments:
+            delta: dict[str, Any] = _arguments_delta(passage.call)
+        else:
+            delta = {self._reasoning_fields[0] if passage.kind is Reasoning else "content": MARKER}
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        if not self._token_ids:
+            head, tail = event(self._chunk(choice)).split(encode(MARKER))
+            frame = Frame(head, tail)
+        else:
+            head, rest = event(self._chunk({**choice, "token_ids": IDS})).split(encode(MARKER))
+            between, tail = rest.split(encode(IDS))
+            frame = Frame(head, tail, ids=between)
+        return Way(frame, passage.plain.but, passage.plain.escapes, passage.quoted)
 
     def _framed(self, index: int, item: Event) -> bytes | None:
         """The event of a choice for which the text is all that is new, None where there is more to say."""
@@ -156,8 +200,7 @@ class ChatAnswer(OpenAIEvents):
         if isinstance(item, CallArguments):
             frame = self._arguments.get((index, item.index))
             if frame is None:
-                call = {"index": item.index, "function": {"arguments": MARKER}}
-                frame = self._arguments[index, item.index] = self._frame(index, {"tool_calls": [call]})
+                frame = self._arguments[index, item.index] = self._frame(index, _arguments_delta(item.index))
             return encode(item.fragment).join(frame)
         return None
 
@@ -247,6 +290,10 @@ class ChatAnswer(OpenAIEvents):
     def _token_json(self, token_id: int, logprob: float) -> dict[str, Any]:
         raw = self._texts.token_bytes(token_id)
         return {"token": token_text(self._texts, token_id), "logprob": logprob, "bytes": list(raw)}
+
+
+def _arguments_delta(call: int) -> dict[str, Any]:
+    return {"tool_calls": [{"index": call, "function": {"arguments": MARKER}}]}
 
 
 def _joined(events: list[Event]) -> list[Event]:

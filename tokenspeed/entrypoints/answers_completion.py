@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokenspeed.engine.lane import Frame, Way
 from tokenspeed.entrypoints.answers import (
     Gathered,
     OpenAIEvents,
@@ -53,6 +54,7 @@ class CompletionAnswer(OpenAIEvents):
         template = event(self._chunk({"index": 0, "text": marker, "logprobs": None, "finish_reason": None}))
         before, self._tail = template.split(encode(marker))
         count = len(prompt_token_ids) * self._n
+        self._ways: dict[int, Way] = {}
         self._heads = [before.replace(b'"index":0,', b'"index":%d,' % index) for index in range(count)]
 
     def event(self, index: int, output: RequestOutput) -> bytes:
@@ -82,6 +84,15 @@ class CompletionAnswer(OpenAIEvents):
             if first:
                 choice["prompt_token_ids"] = self._prompt_token_ids[prompt]
         return event(self._chunk(choice))
+
+    def way(self, index: int) -> tuple[Way, int] | None:
+        """See `Answer`."""
+        if not self._plain or index not in self._offsets:
+            return None
+        way = self._ways.get(index)
+        if way is None:
+            way = self._ways[index] = Way(Frame(self._heads[index], self._tail), "", False)
+        return way, 0
 
     def whole(self, choices: list[Gathered], usage: Usage) -> bytes:
         """See `Answer`."""

@@ -9,13 +9,16 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from tokenspeed.engine.lane import Frame, Way
 from tokenspeed.entrypoints.answers import EVENT_END, Gathered, TokenTexts, Usage, encode, token_text
 from tokenspeed.entrypoints.schema_items import new_id
 from tokenspeed.errors import Overloaded, RequestError
 from tokenspeed.request import FinishReason, RequestOutput, TokenLogprob
 from tokenspeed.text.parsers.choose import AnswerParser
 from tokenspeed.text.parsers.events import CallArguments, CallBegun, CallEnded, Content, Event, Reasoning
+from tokenspeed.text.parsers.source import ANYTHING
 from tokenspeed.text.parsers.thought_tokens import ThoughtTokens
+from tokenspeed.text.parsers.tool_parser import Passage
 
 Kind = Literal["message", "reasoning", "function_call"]
 Status = Literal["in_progress", "completed", "incomplete", "cancelled", "failed"]
@@ -26,6 +29,9 @@ _TEXTS = {
     "function_call": "response.function_call_arguments",
 }
 """By the type of an item: what the events that fill it are called."""
+
+_KINDS: dict[type[Event], Kind] = {Content: "message", Reasoning: "reasoning", CallArguments: "function_call"}
+CONTENT = Passage(ANYTHING, Content)
 
 OnEnd = Callable[[bytes, list[dict[str, Any]]], None]
 """Is told the whole body and the output items of a response that ended."""
@@ -47,6 +53,7 @@ class OutputItem:
     head: bytes = b""
     middle: bytes = b""
     ending: bytes = b""
+    way: tuple[Passage, Way] | None = None
 
     def __post_init__(self) -> None:
         self.id = new_id(self.kind)
@@ -144,6 +151,31 @@ class ResponseAnswer:
         if output.finish_reason is not None:
             self._finish(output.finish_reason)
         return self._take_written()
+
+    def way(self, index: int) -> tuple[Way, int] | None:
+        """See `Answer`."""
+        item, passage = self._open, self._passage()
+        if item is None or passage is None or item.kind != _KINDS[passage.kind] or self._logprobs:
+            return None
+        if item.way is None or item.way[0] != passage:
+            frame = Frame(item.head, item.ending, numbered=item.middle)
+            item.way = passage, Way(frame, passage.plain.but, passage.plain.escapes, passage.quoted)
+        return item.way[1], self._sequence
+
+    def passed(self, index: int, text: str, num_tokens: int, num_events: int) -> None:
+        """See `Answer`."""
+        item, passage = self._open, self._passage()
+        assert item is not None and passage is not None
+        item.texts.append(text)
+        self._sequence += num_events
+        if self._parser is not None:
+            event = passage.event(text)
+            if self._parser.thinks:
+                self._thoughts.add([event], num_tokens)
+            self._parser.passed(event)
+
+    def _passage(self) -> Passage | None:
+        return CONTENT if self._parser is None else self._parser.passage()
 
     def closing(self, usage: Usage) -> bytes:
         """The whole response. One that the token limit ended is told as completed too, because agents take

@@ -18,6 +18,7 @@ from tokenspeed.entrypoints.flags import ServerConfig, parse_flags
 from tokenspeed.entrypoints.listen import bind, bind_unix
 from tokenspeed.errors import ConfigError
 from tokenspeed.logs import configure_logging
+from tokenspeed.parallel.launched import Place, served_mesh
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print("\n".join(explained_engine(config.engine)))
             return 0
+        served_mesh(config.engine.parallel)
+        place = Place.launched(os.environ)
+        if place is not None and place.rank > 0:
+            from tokenspeed.engine.rank import run_launched  # noqa: PLC0415
+
+            run_launched(config.engine, place, log_level=config.log_level, log_format=config.log_format)
         configure_logging(config.log_level, config.log_format, role="api")
         tls = _tls(config)
         listener = bind_unix(config.uds) if config.uds else bind(config.host, config.port)

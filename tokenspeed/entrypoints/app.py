@@ -77,6 +77,8 @@ def make_app(door: Door) -> web.Application:
             web.get("/get_model_info", routes_info.model_info, allow_head=False),
             web.get("/openapi.json", routes_info.openapi, allow_head=False),
             web.post("/abort_request", routes_operation.abort_request),
+            web.post("/flush_cache", routes_operation.flush_cache),
+            web.post("/reset_prefix_cache", routes_operation.flush_cache),
         ]
     )
     return app

@@ -13,7 +13,7 @@ from tokenspeed.entrypoints.errors import HttpError
 OPEN_ROUTES = frozenset({"/health", "/ready"})
 """Liveness and readiness: what a supervisor asks without a key."""
 
-ADMIN_ROUTES = frozenset({"/abort_request"})
+ADMIN_ROUTES = frozenset({"/abort_request", "/flush_cache", "/reset_prefix_cache"})
 
 
 class Keys:

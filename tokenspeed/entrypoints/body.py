@@ -7,6 +7,7 @@ the type it must have. What nobody asked for is never built, so a hostile field 
 from __future__ import annotations
 
 import asyncio
+from codecs import getincrementaldecoder
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -21,6 +22,7 @@ from tokenspeed.errors import InvalidRequest, Unavailable
 T = TypeVar("T")
 
 _SHOWN_BYTES = 32
+CHECKED_BYTES = 1 << 16
 _KINDS = {'"': "a string", "{": "an object", "[": "an array", "t": "a boolean", "f": "a boolean", "n": "null"}
 
 
@@ -154,7 +156,7 @@ class Fields:
     def parse(cls, body: bytes) -> Fields:
         """The fields of a whole body, or `InvalidRequest`: not UTF-8, not JSON, not an object, too deep."""
         try:
-            body.decode("utf-8")
+            _check_utf8(body)
             return cls(_TOP.decode(body))
         except UnicodeDecodeError:
             raise InvalidRequest("the body is not valid UTF-8") from None
@@ -215,6 +217,14 @@ class Fields:
     def untaken(self) -> list[str]:
         """Fields that the request has and nobody asked for."""
         return [key for key in self._fields if key not in self._taken]
+
+
+def _check_utf8(body: bytes) -> None:
+    """Raise `UnicodeDecodeError` unless it is UTF-8. By parts: at once, a megabyte holds the interpreter 1 to 3 ms."""
+    decoder = getincrementaldecoder("utf-8")()
+    for start in range(0, len(body), CHECKED_BYTES):
+        decoder.decode(body[start : start + CHECKED_BYTES])
+    decoder.decode(b"", True)
 
 
 def decode(raw: bytes, kind: Kind[T], name: str) -> T | None:

@@ -44,7 +44,7 @@ async def prepare(door: Door, chat: ChatRequest, size: int, tenant: str) -> Prep
     use = chat.conversation.tool_use
     make_parser = door.answer_format.parser(use.schemas, template_end(prompt), parallel=use.parallel)
     params = chat.params
-    if params.grammar is not None or use.demanded or use.strict:
+    if params.grammar is not None or use.demanded or use.strict or use.limited:
         end = template_end(prompt)
         grammar = await door.off_loop(size, answer_grammar, door.answer_format, params.grammar, _calls(use), end)
         params = structs.replace(params, grammar=grammar)
@@ -60,7 +60,9 @@ async def prepare(door: Door, chat: ChatRequest, size: int, tenant: str) -> Prep
 
 def _calls(use: ToolUse) -> Calls | None:
     """The calls that an answer may have, None for none."""
-    return None if use.schemas is None else Calls(use.schemas, use.strict, use.demanded, use.named, use.parallel)
+    if use.schemas is None:
+        return None
+    return Calls(use.schemas, use.strict, use.demanded, use.named, use.parallel, limited=use.limited)
 
 
 def _noted(make_parser: Callable[[], AnswerParser], calls: WrittenCalls, tenant: str) -> AnswerParser:

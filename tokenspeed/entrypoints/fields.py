@@ -149,7 +149,9 @@ DELIVERY = (
 MESSAGES = Field("messages", ARRAY, "the conversation", required=True)
 OPTIONAL_MESSAGES = replace(MESSAGES, required=False)
 TOOLS = Field("tools", ARRAY, "functions that the model may call")
-TOOL_CHOICE = Field("tool_choice", CHOICE, "`auto`, `none`, `required`, or a function's name in an object")
+TOOL_CHOICE = Field(
+    "tool_choice", CHOICE, "`auto`, `none`, `required`, or an object: a function's name, or `allowed_tools`"
+)
 PARALLEL_TOOL_CALLS = Field("parallel_tool_calls", BOOLEAN, "false: the answer ends with its first call", True)
 CHAT_TEMPLATE_KWARGS = Field("chat_template_kwargs", KWARGS, "variables for the chat template")
 ADD_GENERATION_PROMPT = Field("add_generation_prompt", BOOLEAN, "begin the assistant's turn; true unless continuing")

@@ -17,8 +17,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import msgspec
 
 from tokenspeed import __version__
-from tokenspeed.config import BLOCK_SIZES, STEERED_FLOOR, DType, EngineConfig, LoadFormat
+from tokenspeed.config import BLOCK_SIZES, STEERED_FLOOR, DType, EngineConfig, LoadFormat, Parallel
 from tokenspeed.errors import ConfigError
+from tokenspeed.parallel.launched import over_launched
+from tokenspeed.parallel.mesh import Mesh
 from tokenspeed.text.parsers.choose import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
 
 ENV_API_KEY = "TOKENSPEED_API_KEY"
@@ -40,13 +42,17 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """`field` of `EngineConfig` (when `engine`) or of `ServerConfig` gets the value. A list type takes several."""
+    """`field` of `EngineConfig` (when `engine`), of `Parallel` or of `ServerConfig` gets the value.
+
+    A list type takes several.
+    """
 
     name: str
     field: str
     type: Any
     help: str
     engine: bool = False
+    short: str | None = None
 
 
 FLAGS = (
@@ -86,6 +92,20 @@ FLAGS = (
     Flag("--num-threads", "num_threads", int, "CPU threads of the model", True),
     Flag("--seed", "seed", int, "makes requests without a seed of their own reproducible", True),
     Flag("--record", "record", str, "new file for every call of the control plane, prompts included", True),
+    Flag(
+        "--tensor-parallel-size",
+        "world",
+        int,
+        "ranks that the model lies over, each a process and a GPU; under a launcher its WORLD_SIZE",
+        short="-tp",
+    ),
+    Flag("--attn-tp-size", "attn_tp", int, "ranks that attention's heads are cut over; default: all"),
+    Flag("--attn-dp-size", "attn_dp", int, "groups of ranks that attend to requests of their own"),
+    Flag("--dense-tp-size", "dense_tp", int, "ranks that dense layers are cut over; default: as attention"),
+    Flag("--moe-tp-size", "moe_tp", int, "ranks that each expert is cut over; default: what --moe-ep-size leaves"),
+    Flag("--moe-ep-size", "moe_ep", int, "ranks that experts are dealt to; default: 1"),
+    Flag("--vocab-tp-size", "vocab_tp", int, "ranks that the vocabulary is cut over; default: as attention"),
+    Flag("--watchdog-seconds", "watchdog_seconds", float, "longest step of several ranks before they hang", True),
     Flag("--served-model-name", "served_names", list[str], "names that requests may use; default: the model's"),
     Flag("--tool-call-parser", "tool_call_parser", str, f"how the model writes tool calls: {_names(TOOL_PARSERS)}"),
     Flag("--reasoning-parser", "reasoning_parser", str, f"how it writes reasoning: {_names(REASONING_PARSERS)}"),
@@ -107,6 +127,7 @@ FLAGS = (
     Flag("--explain-parallel", "explain_parallel", bool, "print how the model lies over ranks, and end"),
     Flag("--in-process", "in_process", bool, "run the engine inside this process, for debuggers"),
     Flag("--engine-restarts", "engine_restarts", int, "how often within 10 minutes a dead engine is started again"),
+    Flag("--engine-silence", "engine_silence", float, "seconds of silence after which an engine is replaced; 0: never"),
     Flag("--shutdown-grace", "shutdown_grace", float, "seconds that running requests get after SIGTERM"),
     Flag("--trust-remote-code", "trust_remote_code", bool, "not supported: code from checkpoints never runs"),
 )
@@ -123,6 +144,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_field: ReasoningField = "reasoning_content"
     metrics_compat: MetricsCompat = "none"
     engine_restarts: int = 5
+    engine_silence: float = 60.0
     host: str = "127.0.0.1"
     port: int = 8000
     uds: str | None = None
@@ -142,6 +164,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise `ConfigError` naming the first flag that cannot work."""
         self.engine.check()
+        Mesh.of(self.engine.parallel.world, **self.engine.parallel.sizes())
         if self.trust_remote_code:
             raise ConfigError("--trust-remote-code is not supported: code from checkpoints never runs here")
         for flag, name, known in (
@@ -152,6 +175,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{flag} must be one of {_names(known)}, got {name!r}")
         if not 0 <= self.engine_restarts <= 1000:
             raise ConfigError(f"--engine-restarts must be between 0 and 1000, got {self.engine_restarts}")
+        if not (self.engine_silence == 0 or 2 <= self.engine_silence <= 86400):
+            raise ConfigError(
+                f"--engine-silence must be 0 or between 2 and 86400 seconds, got {self.engine_silence:g}"
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, got {self.port}")
         if not 0 <= self.shutdown_grace <= 86400:
@@ -179,8 +206,10 @@ def parse_flags(arguments: Sequence[str], environment: Mapping[str, str]) -> Ser
     for field, variable in (("api_keys", ENV_API_KEY), ("admin_api_keys", ENV_ADMIN_API_KEY)):
         if not values.get(field) and environment.get(variable):
             values[field] = [environment[variable]]
+    parallel = Parallel(**{name: values.pop(name) for name in Parallel.__struct_fields__ if name in values})
     engine = EngineConfig(
-        **{flag.field: values.pop(flag.field) for flag in FLAGS if flag.engine and flag.field in values}
+        parallel=over_launched(parallel, environment),
+        **{flag.field: values.pop(flag.field) for flag in FLAGS if flag.engine and flag.field in values},
     )
     config = ServerConfig(engine=engine, **values)
     config.check()
@@ -200,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="YAML file with these flags as keys; flags win over it")
     defaults = {
         **{field.name: field.default for field in msgspec.structs.fields(EngineConfig)},
+        **{field.name: field.default for field in msgspec.structs.fields(Parallel)},
         **{field.name: field.default for field in msgspec.structs.fields(ServerConfig)},
     }
     for flag in FLAGS:
@@ -212,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
             options |= {"nargs": "+", "action": "extend", "metavar": "VALUE"}
         else:
             options["metavar"] = "|".join(get_args(flag.type)) if get_origin(flag.type) is Literal else "VALUE"
-        parser.add_argument(flag.name, **options)
+        parser.add_argument(*filter(None, (flag.short, flag.name)), **options)
     return parser
 
 

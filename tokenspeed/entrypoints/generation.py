@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from tokenspeed.engine.lane import Gaps, Outlet, Way
 from tokenspeed.engine.stream import Ending, Stream, Take
 from tokenspeed.entrypoints.answers import Answer, Gathered, Usage
 from tokenspeed.entrypoints.door import Active, Door
@@ -119,23 +120,46 @@ class _Run:
         self._times = RequestTimes(door.metrics, arrived)
         self._clock = asyncio.get_running_loop().time
 
-    async def hand_on(self, consume: Consume, room: Callable[[], Awaitable[None]] = _there_is_room) -> None:
-        """Give every output to `consume` until every choice ended. Raises when a choice ended with an error."""
+    async def hand_on(
+        self,
+        consume: Consume,
+        room: Callable[[], Awaitable[None]] = _there_is_room,
+        straight: tuple[Answer, Outlet] | None = None,
+    ) -> None:
+        """Give every output to `consume` until every choice ended. Raises when a choice ended with an error.
+
+        Plain text may go `straight`: by that outlet, as that answer would write it.
+        """
         if not self._shows_completion:
-            consume = _without_completions(consume)
-        takes = [self._taking(number, consume) for number in range(len(self._streams))]
-        if len(takes) == 1:
-            await self._streams[0].each(takes[0], room)
-            return
-        reading = [
-            asyncio.create_task(stream.each(take, room)) for stream, take in zip(self._streams, takes, strict=True)
+            consume, straight = _without_completions(consume), None
+        reads = [
+            stream.each(
+                self._taking(number, consume),
+                room,
+                None if straight is None else _Straight(*straight, self._metrics.gaps, self._times, number * self._n),
+            )
+            for number, stream in enumerate(self._streams)
         ]
+        if len(reads) == 1:
+            await reads[0]
+            return
+        reading = [asyncio.create_task(read) for read in reads]
         try:
             await asyncio.gather(*reading)
         finally:
             for task in reading:
                 task.cancel()
             await asyncio.gather(*reading, return_exceptions=True)
+
+    def settled(self, keep_alive: Callable[[], bytes]) -> Callable[[], bytes]:
+        """The same, told by an answer that knows all that went straight."""
+
+        def settle() -> bytes:
+            for stream in self._streams:
+                stream.settle()
+            return keep_alive()
+
+        return settle
 
     def _taking(self, prompt: int, consume: Consume) -> Take:
         first, times, clock = prompt * self._n, self._times, self._clock
@@ -166,6 +190,27 @@ class _Run:
                 self._metrics.queue.observe(queued)
 
 
+class _Straight:
+    """See `Direct`. The choices of one stream are `first` and those that follow it."""
+
+    def __init__(self, answer: Answer, outlet: Outlet, gaps: Gaps, times: RequestTimes, first: int) -> None:
+        self.outlet = outlet
+        self.gaps = gaps
+        self._answer = answer
+        self._times = times
+        self._first = first
+
+    def way(self, index: int) -> tuple[Way, float, int] | None:
+        index += self._first
+        found = self._answer.way(index)
+        return None if found is None else (found[0], self._times.last(index), found[1])
+
+    def passed(self, index: int, text: str, num_tokens: int, num_events: int, last: float) -> None:
+        index += self._first
+        self._times.passed(index, last)
+        self._answer.passed(index, text, num_tokens, num_events)
+
+
 async def _whole(door: Door, run: _Run, writer: Answer, headers: dict[str, str]) -> web.Response:
     choices = [Gathered(index) for index in range(run.num_choices)]
 
@@ -192,8 +237,8 @@ async def _stream(
     request: web.Request, door: Door, run: _Run, writer: Answer, headers: dict[str, str]
 ) -> web.StreamResponse:
     """Events as they come. Once the headers are out, an error is one event and then the end."""
-    events = EventStream(request, door.limits, headers, writer.keep_alive)
-    await events.open()
+    events = EventStream(request, door.limits, headers, run.settled(writer.keep_alive))
+    outlet = await events.open()
 
     def send(index: int, output: RequestOutput, now: float) -> bool:
         event = writer.event(index, output)
@@ -202,7 +247,7 @@ async def _stream(
     try:
         if opening := writer.opening():
             events.send(opening)
-        await run.hand_on(send, events.drain)
+        await run.hand_on(send, events.drain, (writer, outlet))
         events.send(writer.closing(run.usage))
         return await events.close()
     except RequestError as error:

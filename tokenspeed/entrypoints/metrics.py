@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tokenspeed.engine.lane import Gaps
 from tokenspeed.engine.observe import Histogram
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Metrics(Collector):
         self._vllm_model = vllm_model
         self.first_token = Histogram.of(LATENCY_SECONDS)
         self.inter_token = Histogram.of(TOKEN_SECONDS)
+        self.gaps = Gaps(TOKEN_SECONDS)
         self.end_to_end = Histogram.of(LATENCY_SECONDS)
         self.queue = Histogram.of(LATENCY_SECONDS)
         self.loop_lag = Histogram.of(LAG_SECONDS)
@@ -128,6 +130,7 @@ class Metrics(Collector):
 
     def _histograms(self) -> Iterator[Metric]:
         steps = self._engine.step_histograms()
+        self.inter_token.add(*self.gaps.take())
         for name, text, histogram in (
             ("time_to_first_token_seconds", "From arrival to the first token", self.first_token),
             ("inter_token_latency_seconds", "Between tokens of a choice", self.inter_token),
@@ -185,6 +188,14 @@ class RequestTimes:
         else:
             self._metrics.inter_token.observe((now - last) / count, count)
         self._last[index] = now
+
+    def last(self, index: int) -> float:
+        """When the last token of a choice came, or its request."""
+        return self._last.get(index, self._arrived)
+
+    def passed(self, index: int, last: float) -> None:
+        """Tokens of choice `index`, the last one at `last`, came and are counted already."""
+        self._last[index] = last
 
     def finished(self, reason: str, now: float) -> None:
         """One choice ended."""

@@ -146,6 +146,8 @@ ROUTES = (
     Route("GET", "/get_model_info", "the same"),
     Route("GET", "/openapi.json", "this list, with all fields, as OpenAPI 3.1"),
     Route("POST", "/abort_request", "end running requests; needs the admin key", (f.ABORTED,)),
+    Route("POST", "/flush_cache", "free the cached KV blocks that no request holds; needs the admin key"),
+    Route("POST", "/reset_prefix_cache", "the same"),
 )  # fmt: skip
 
 

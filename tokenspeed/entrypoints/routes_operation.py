@@ -1,4 +1,4 @@
-"""What operators and probes ask: /health, /ready, /health_generate, /metrics, /version, /abort_request."""
+"""What operators ask: /health, /ready, /health_generate, /metrics, /version; and do: /abort_request, /flush_cache."""
 
 from __future__ import annotations
 
@@ -77,6 +77,14 @@ async def abort_request(request: web.Request) -> web.Response:
     if not aborted:
         raise HttpError(404, "No running request has this request_id", code="not_found", param="request_id")
     return _json({"aborted": aborted})
+
+
+async def flush_cache(request: web.Request) -> web.Response:
+    """Free every KV block that is cached and that no running request holds."""
+    door = door_of(request)
+    door.require_ready()
+    dropped = await door.engine.drop_cached()
+    return _json({"dropped_blocks": dropped.num_blocks, "held_blocks": dropped.num_held})
 
 
 def _abort_request(body: bytes) -> str:

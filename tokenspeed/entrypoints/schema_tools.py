@@ -26,7 +26,8 @@ class ToolUse:
     """`tools` are shown to the model, None for none. `schemas` of those it may call, None if it may not call any.
 
     Without `parallel` only the first call of an answer counts. `strict` tools' arguments follow their schemas; a call
-    is `demanded`, of the function that is `named` if there is one. `ignored` names tools and fields without effect.
+    is `demanded`, of the function that is `named` if there is one. Where a choice is `limited` the model may call fewer
+    than it is shown. `ignored` names tools and fields without effect.
     """
 
     tools: list[Tool] | None
@@ -36,6 +37,7 @@ class ToolUse:
     strict: frozenset[str] = frozenset()
     demanded: bool = False
     named: str | None = None
+    limited: bool = False
 
 
 def tool_use(fields: Fields, model: Model, *, flat: bool = False) -> ToolUse:
@@ -46,19 +48,20 @@ def tool_use(fields: Fields, model: Model, *, flat: bool = False) -> ToolUse:
     ignored: dict[str, None] = {}
     strict: set[str] = set()
     tools = _tools(fields, ignored, strict, flat)
-    choice = _choice(fields, {tool["function"]["name"] for tool in tools}, flat)
+    choice = _choice(fields, frozenset(tool["function"]["name"] for tool in tools), ignored, flat)
     parallel = fields.value(declared.PARALLEL_TOOL_CALLS)
     if tools and model.no_tools:
         raise InvalidRequest(f"tools cannot be used: {model.no_tools}", param="tools")
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     return ToolUse(
         tools=tools or None,
-        schemas=schemas if tools and choice.may_call else None,
+        schemas={name: schema for name, schema in schemas.items() if name in choice.callable} or None,
         parallel=parallel,
         ignored=tuple(ignored),
         strict=frozenset(strict),
         demanded=choice.demanded,
         named=choice.named,
+        limited=choice.limited,
     )
 
 
@@ -127,17 +130,21 @@ def function_name(fields: Fields) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """tool_choice: whether calls may come, whether one must, and of which function if it names one."""
+    """tool_choice: the functions that may be called, whether one must, and which if it names one.
 
-    may_call: bool = True
+    `limited`: it lists them, and there may be others among the tools.
+    """
+
+    callable: frozenset[str]
     demanded: bool = False
     named: str | None = None
+    limited: bool = False
 
 
-def _choice(fields: Fields, names: set[str], flat: bool) -> _Choice:
+def _choice(fields: Fields, names: frozenset[str], ignored: dict[str, None], flat: bool) -> _Choice:
     raw = fields.raw("tool_choice")
     if raw is None or raw in (b'"auto"', b'"none"'):
-        return _Choice(may_call=raw != b'"none"')
+        return _Choice(frozenset() if raw == b'"none"' else names)
     if raw != b'"required"' and not raw.startswith(b"{"):
         raise InvalidRequest(
             'tool_choice must be "none", "auto", "required" or name a function, got '
@@ -147,18 +154,48 @@ def _choice(fields: Fields, names: set[str], flat: bool) -> _Choice:
     if not names:
         raise InvalidRequest("tool_choice demands a call, but there are no tools", param="tool_choice")
     if raw == b'"required"':
-        return _Choice(demanded=True)
+        return _Choice(names, demanded=True)
     wanted = fields.inside("tool_choice")
     kind = wanted.take_or("type", STRING, "function")
+    if kind == "allowed_tools":
+        return _allowed(wanted if flat else wanted.inside("allowed_tools"), names, ignored, flat)
     name = (wanted if flat else wanted.inside("function")).take("name", STRING)
     if kind != "function" or name is None:
         raise InvalidRequest(
-            'tool_choice as an object has type "function" and names one; other types are not supported',
+            'tool_choice as an object has type "function" and names one, or "allowed_tools" and lists some; other '
+            "types are not supported",
             param="tool_choice",
         )
     if name not in names:
         raise InvalidRequest("tool_choice names a function that is not among the tools", param="tool_choice")
-    return _Choice(demanded=True, named=name)
+    return _Choice(names, demanded=True, named=name)
+
+
+def _allowed(fields: Fields, names: frozenset[str], ignored: dict[str, None], flat: bool) -> _Choice:
+    """{mode: auto | required, tools: [functions]}. All tools are shown all the same: the prompt stays as it was."""
+    mode = fields.take("mode", STRING)
+    if mode not in ("auto", "required"):
+        raise InvalidRequest('tool_choice of allowed_tools has mode "auto" or "required"', param="tool_choice")
+    items = fields.take("tools", ARRAY)
+    if not items or len(items) > MAX_TOOLS:
+        raise InvalidRequest(
+            f"tool_choice of allowed_tools lists 1 to {MAX_TOOLS} of the tools", param="tool_choice"
+        )
+    allowed: set[str] = set()
+    for index, item in enumerate(items):
+        described = decode(bytes(item), OBJECT, "tool_choice")
+        listed = Fields({} if described is None else described, f"{fields.name('tools')}[{index}].")
+        kind = listed.take_or("type", STRING, "function")
+        if kind != "function":
+            ignored[f"tool_choice of type {kind[:64]}"] = None
+            continue
+        name = (listed if flat else listed.inside("function")).take("name", STRING)
+        if name not in names:
+            raise InvalidRequest("tool_choice allows a function that is not among the tools", param="tool_choice")
+        allowed.add(name)
+    if mode == "required" and not allowed:
+        raise InvalidRequest("tool_choice demands a call, but allows no function", param="tool_choice")
+    return _Choice(frozenset(allowed), demanded=mode == "required", limited=True)
 
 
 def _check_schema(schema: dict[str, Any], name: str) -> None:

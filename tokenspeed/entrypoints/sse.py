@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from tokenspeed.engine.lane import Outlet
 from tokenspeed.entrypoints.limits import Limits
 
 
@@ -40,10 +41,11 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._chunked = request.version >= (1, 1)
         self._last_sent = 0.0
+        self._outlet: Outlet | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    async def open(self) -> None:
-        """Send the headers and start the keep-alive timer."""
+    async def open(self) -> Outlet:
+        """Send the headers and start the keep-alive timer. Gives the way past this object."""
         if self._chunked:
             self._response.enable_chunked_encoding()
         else:
@@ -51,6 +53,11 @@ class EventStream:
         await self._response.prepare(self._request)
         self._last_sent = self._loop.time()
         self._timer = self._loop.call_later(self._limits.keepalive_seconds, self._keep_alive)
+        transport = self._connection.transport
+        if transport is None:
+            raise ConnectionResetError("the client is gone")
+        self._outlet = Outlet(transport, self._chunked, self._limits.write_buffer_bytes)
+        return self._outlet
 
     def send(self, event: bytes, now: float | None = None) -> bool:
         """Write whole events. True when so much waits for the client that `drain` must be awaited.
@@ -88,7 +95,8 @@ class EventStream:
             self._timer = None
 
     def _keep_alive(self) -> None:
-        silent = self._loop.time() - self._last_sent
+        last = self._last_sent if self._outlet is None else max(self._last_sent, self._outlet.last_sent)
+        silent = self._loop.time() - last
         wait = self._limits.keepalive_seconds - silent
         if wait <= 0:
             transport = self._connection.transport

@@ -33,7 +33,7 @@ from tokenspeed.batch import (
 from tokenspeed.errors import InvariantBroken
 from tokenspeed.executor import logprobs
 from tokenspeed.executor.device_step import Model
-from tokenspeed.executor.interface import Binding, Flight, Mask
+from tokenspeed.executor.interface import Binding, Flight, Mask, Peers
 from tokenspeed.executor.masks import AwaitedMasks, MaskedSlots, checked
 from tokenspeed.executor.prompt_scores import PromptScores
 from tokenspeed.executor.sampler import Sampled, Sampler
@@ -67,7 +67,8 @@ class CpuExecutor:
     """Runs plans against `model` with `num_blocks` KV blocks of `limits.block_size` tokens of `dtype`.
 
     `num_threads` is the number of threads torch computes with, in this whole process. The KV cache is
-    zero pages of the system until it is written, and never holds what another program left behind.
+    zero pages of the system until it is written, and never holds what another program left behind. With `peers` the
+    model is one rank's, and all ranks have the same tokens.
     """
 
     def __init__(
@@ -79,10 +80,11 @@ class CpuExecutor:
         vocab_size: int,
         dtype: torch.dtype,
         num_threads: int,
+        peers: Peers | None = None,
     ) -> None:
         self._num_blocks = num_blocks
         self._limits = limits
-        self._device = _Device(model, num_blocks, limits, vocab_size, dtype)
+        self._device = _Device(model, num_blocks, limits, vocab_size, dtype, peers)
         self._num_threads = num_threads
         self._queue: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
         self._masked = MaskedSlots()
@@ -145,7 +147,15 @@ class _Launch:
 class _Device:
     """Per-slot state and the cache. On a CPU numpy arrays are the device's memory."""
 
-    def __init__(self, model: Model, num_blocks: int, limits: BatchLimits, vocab_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Model,
+        num_blocks: int,
+        limits: BatchLimits,
+        vocab_size: int,
+        dtype: torch.dtype,
+        peers: Peers | None,
+    ) -> None:
         self._model = model
         self._num_blocks = num_blocks
         self._block_size = limits.block_size
@@ -156,6 +166,7 @@ class _Device:
         ]
         self._tables = SamplingTables(limits.max_rows, vocab_size)
         self._sampler = Sampler(self._tables)
+        self._peers = peers
         self._last_token: Int64Array = np.zeros(limits.max_rows, dtype=np.int64)
         self._length: Int64Array = np.zeros(limits.max_rows, dtype=np.int64)
         self._block_table: Int32Array = np.full((limits.max_rows, limits.max_blocks), UNMAPPED, dtype=np.int32)
@@ -240,9 +251,20 @@ class _Device:
         )
 
     def _sample(self, logits: torch.Tensor, slots: Int64Array, masks: Sequence[Mask]) -> Sampled:
-        sampled = self._sampler.sample(logits, slots, self._length[slots], masks)
+        if self._peers is None:
+            sampled = self._sampler.sample(logits, slots, self._length[slots], masks)
+        else:
+            sampled = self._decide(self._peers, logits, slots, masks)
         # A row without a token ends; the step already launched behind it reads a harmless id instead.
         self._last_token[slots] = np.maximum(sampled.tokens, 0)
+        return sampled
+
+    def _decide(self, peers: Peers, logits: torch.Tensor, slots: Int64Array, masks: Sequence[Mask]) -> Sampled:
+        """As the sampler does, on rank 0; the others get its tokens."""
+        sampled = Sampled(np.zeros(len(slots), dtype=np.int32), None)
+        if peers.rank == 0:
+            sampled = self._sampler.sample(logits, slots, self._length[slots], masks)
+        peers.share(torch.from_numpy(sampled.tokens))
         return sampled
 
     def _score_prompts(self, plan: Plan, slots: Int64Array, hidden: torch.Tensor) -> dict[int, Logprobs]:

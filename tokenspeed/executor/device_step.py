@@ -13,6 +13,7 @@ from typing import Protocol, Self
 import torch
 
 from tokenspeed.batch import BatchLimits
+from tokenspeed.executor.interface import Peers
 from tokenspeed.executor.slot_tables import SlotTables
 from tokenspeed.executor.staging import DevicePlan
 from tokenspeed.kernels import ops
@@ -53,7 +54,7 @@ class DeviceStep:
 
     def __init__(
         self, model: Model, kv: Sequence[LayerKV], plan: DevicePlan, tables: SlotTables, limits: BatchLimits,
-        step_ops: StepOps,
+        step_ops: StepOps, peers: Peers | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._kv = kv
@@ -62,6 +63,7 @@ class DeviceStep:
         self._block_size = limits.block_size
         self._max_len = limits.max_blocks * limits.block_size
         self._ops = step_ops
+        self._peers = peers
         self._counting = torch.arange(max(limits.max_tokens, limits.max_rows) + 1, device=tables.device)
         self._starts = self._counting[: limits.max_rows + 1].int()
         self._hidden: torch.Tensor | None = None
@@ -105,9 +107,16 @@ class DeviceStep:
         return self._model.logits(self._hidden[:samples])
 
     def choose(self, logits: torch.Tensor) -> None:
-        """Sample a token for each row of `logits` [S, V], which are overwritten, into `results`."""
-        samples = len(logits)
-        self._tokens[:samples] = self._ops.sample(logits, self._plan.sample_slot[:samples], self._tables.state)
+        """Sample a token for each row of `logits` [S, V], which are overwritten, into `results`; with `peers` rank 0
+        does, and all ranks have its tokens."""
+        slots, tokens = self._plan.sample_slot[: len(logits)], self._tokens[: len(logits)]
+        if self._peers is None or self._peers.rank == 0:
+            tokens.copy_(self._ops.sample(logits, slots, self._tables.state))
+        if self._peers is not None:
+            self._peers.share(tokens)
+            if self._peers.rank != 0:
+                at = torch.where(slots < 0, self._tables.padding, slots).long()
+                self._tables.state.last_token[at] = tokens.clamp(min=0).long()
 
     def head(self, samples: int) -> None:
         """Logits of what the last step left, and a token for each."""

@@ -9,6 +9,7 @@ device without streams the same operations run as they are enqueued: that is how
 from __future__ import annotations
 
 import asyncio
+import itertools
 import queue
 import threading
 import time
@@ -23,13 +24,14 @@ from tokenspeed.batch import BatchLimits, Int64Array, Plan, StepResult, StepTime
 from tokenspeed.errors import InvariantBroken
 from tokenspeed.executor.device_step import DeviceStep, Model, StepOps
 from tokenspeed.executor.graphs import Graphs, buckets
-from tokenspeed.executor.interface import Binding, Flight, Mask
+from tokenspeed.executor.interface import Binding, Flight, Mask, Peers
 from tokenspeed.executor.logprobs import DeviceLogprobs, joined, pick_on_device, score_on_device, spread
 from tokenspeed.executor.masks import MaskedSlots, checked
 from tokenspeed.executor.prompt_scores import PromptScores
 from tokenspeed.executor.sampling_tables import Feature
 from tokenspeed.executor.slot_tables import UNMAPPED, SlotTables, uploaded
 from tokenspeed.executor.staging import DevicePlan, Staging
+from tokenspeed.executor.warm_steps import warm_steps
 from tokenspeed.kernels.slot_state import DISAGREES, NO_BLOCK
 from tokenspeed.layers.forward import LayerKV
 
@@ -63,8 +65,8 @@ class GpuFlight:
 class GpuExecutor:
     """Runs plans against `model` with the KV cache `kv`, all on `target`'s device.
 
-    `capture` must be called before the first step if decode steps are to
-    be graphs.
+    `capture` must be called before the first step if decode steps are to be graphs. With `peers` the model is one
+    rank's; all ranks warm up, capture and launch in the same order.
     """
 
     def __init__(
@@ -76,15 +78,17 @@ class GpuExecutor:
         vocab_size: int,
         step_ops: StepOps,
         device: torch.device,
+        peers: Peers | None = None,
     ) -> None:
         self._model = model
+        self._kv = kv
         self._num_blocks = len(kv[0][0])
         self._limits = limits
         self._device = device
         self._vocab_size = vocab_size
         self._tables = SlotTables(limits, vocab_size, device)
         self._plan = DevicePlan(self.new_buffers(), device)
-        self._step = DeviceStep(model, kv, self._plan, self._tables, limits, step_ops)
+        self._step = DeviceStep(model, kv, self._plan, self._tables, limits, step_ops, peers)
         self._graphs = Graphs(buckets(limits.max_rows), self._step.decode, self._step.head)
         self._prompt_scores: dict[int, PromptScores] = {}
         self._masked = MaskedSlots()
@@ -105,18 +109,20 @@ class GpuExecutor:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run the largest prefill and a small one on padding, for what compiles, loads or takes memory on first use."""
-        padding, limits = self._tables.padding, self._limits
+        """Run steps with prompts of many sizes on padding, for what compiles, loads or takes memory on first use."""
+        padding, plan = self._tables.padding, self._plan
         self._tables.block_table[padding] = 0
-        for tokens in (limits.max_tokens, min(17, limits.max_tokens)):
+        for cache in itertools.chain.from_iterable(self._kv):
+            cache[0].zero_()  # the context of these steps, in which nothing was stored
+        for step in warm_steps(self._limits):
             self._clear_plan()
-            whole, rest = divmod(tokens, limits.max_blocks * limits.block_size)
-            lengths = (limits.max_blocks * limits.block_size,) * min(whole, limits.max_rows) + (rest,) * (rest > 0)
-            lengths = lengths[: limits.max_rows]
-            self._plan.row_new[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32)
-            self._step.prefill(0, lengths, lengths, limits.max_rows)
-            self._step.head(limits.max_rows)
-            self._tables.state.length[padding] = 0
+            rows = len(step.query_lens)
+            plan.row_new[:rows] = torch.tensor(step.query_lens, dtype=torch.int32)
+            plan.row_computed[:rows] = step.context
+            self._tables.state.length[padding] = step.context
+            self._step.prefill(step.num_decode, step.query_lens, step.kv_lens, self._limits.max_rows)
+            self._step.head(self._limits.max_rows)
+        self._tables.state.length[padding] = 0
         self._tables.block_table[padding] = UNMAPPED
         self._clear_plan()
 

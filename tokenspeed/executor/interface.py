@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from tokenspeed.batch import Int32Array, Plan, PlanBuffers, StepResult
 from tokenspeed.request import SamplingParams
 
@@ -43,6 +45,20 @@ class Flight(Protocol):
 
     async def tokens(self) -> StepResult:
         """Wait off the event loop until the step has landed. Raises what the step raised."""
+        ...
+
+
+class Peers(Protocol):
+    """The ranks that compute each step together, this one as number `rank`. All launch the same plans.
+
+    Rank 0 decides the tokens. The others bind no masks, sample nothing and get its tokens.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    def share(self, tensor: torch.Tensor) -> None:
+        """On the device, in place: every rank gets what rank 0 has. Raises where a rank is gone."""
         ...
 
 

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from tokenspeed.batch import BatchLimits
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import resolve
-from tokenspeed.checkpoint.weights import default_dtype, load_weights
+from tokenspeed.checkpoint.weights import default_dtype, load_weights, stored_forms
 from tokenspeed.config import EngineConfig
 from tokenspeed.errors import ConfigError
 from tokenspeed.executor.cpu import CpuExecutor
+from tokenspeed.executor.device_step import Model
 from tokenspeed.executor.interface import Executor
 from tokenspeed.executor.load_gpu import STEP_TOKENS as GPU_STEP_TOKENS
-from tokenspeed.executor.load_gpu import GpuNeeds, free_memory, start_gpu
+from tokenspeed.executor.load_gpu import Needs, free_memory, start_gpu
 from tokenspeed.executor.machine import available_cpus, available_memory
 from tokenspeed.executor.memory import block_bytes, mib, num_kv_blocks
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.registry import KernelError
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
+from tokenspeed.models.over_ranks import OverRanks
 from tokenspeed.models.registry import build_model
+from tokenspeed.parallel.launched import Place
+from tokenspeed.parallel.mesh import Mesh
+from tokenspeed.parallel.world import World
 
 STEP_TOKENS = 256
 """Tokens of a step on a CPU, unless a flag says otherwise: every stream waits for the prompts in its step, and
@@ -37,12 +44,16 @@ DEVICE = "TOKENSPEED_DEVICE"
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all) as loading goes on."""
 
+JOIN_SECONDS = 25.0
+"""How long ranks that a launcher has started wait for each other: it starts all of them at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedExecutor:
     """An executor with its model's weights in memory, and what the engine must know of it.
 
-    `eos_token_ids` end a generation unless a request ignores them. `summary` is one line for the log.
+    `eos_token_ids` end a generation unless a request ignores them. `summary` is one line for the log. `world` are the
+    ranks that compute each step together, None for one alone.
     """
 
     executor: Executor
@@ -51,76 +62,160 @@ class LoadedExecutor:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     summary: str
+    world: World | None = None
 
 
-def load_executor(config: EngineConfig, progress: Progress | None = None) -> LoadedExecutor:
-    """Find the checkpoint, check that model and cache fit in memory, read the weights, start the executor.
+def load_executor(
+    config: EngineConfig,
+    progress: Progress | None = None,
+    place: Place | None = None,
+    *,
+    join_seconds: float = JOIN_SECONDS,
+) -> LoadedExecutor:
+    """Find the checkpoint, check that model and cache fit in memory, meet the other ranks, read the weights, start the
+    executor. `place` is which rank this is, None the only one.
 
     Raises `ConfigError` (or its child `CheckpointError`), in one line, for whatever is wrong with the
-    flags, the files or the memory, before anything large is allocated.
+    flags, the files or the memory, before anything large is allocated; also for ranks that do not come within
+    `join_seconds`, or were started with other flags.
     """
-    device = chosen_device(os.environ.get(DEVICE, ""))
-    gpu = device.type == "cuda"
+    place = place or Place.alone()
+    device = chosen_device(os.environ.get(DEVICE, ""), place)
     source = resolve(config.model, config.load_format)
     model_config = read_model_config(source)
     max_model_len = context_length(config.max_model_len, model_config)
-    step_tokens = GPU_STEP_TOKENS if gpu else STEP_TOKENS
-    limits = BatchLimits(
+    limits = limits_of(config, max_model_len, GPU_STEP_TOKENS if device.type == "cuda" else STEP_TOKENS)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
+    dtype = default_dtype(model_config, Platform.of(device)) if dtype is None else dtype
+    # As the checkpoint has them, unless a type was asked for.
+    forms = stored_forms(source) if config.dtype == "auto" and device.type == "cpu" else {}
+    ctx = BuildContext.of(
+        forms=forms,
+        device=device,
+        dtype=dtype,
+        max_positions=max_model_len,
+        block_size=config.block_size,
+        mesh=Mesh.of(place.world, **config.parallel.sizes()),
+        rank=place.rank,
+    )
+    # Built without memory first: what does not fit is refused before it is allocated (0.1 s for 30 layers).
+    shapes = built(model_config, dataclasses.replace(ctx, device=torch.device("meta")))
+    needs = Needs(
+        block_bytes(shapes.kv_spec, config.block_size, dtype), config.kv_cache_bytes, limits, model_config.vocab_size
+    )
+    fits = fitting(needs, shapes, device, place)
+    world = None
+    if place.world > 1:
+        world = join(ctx, place, join_seconds)
+        agree(world, config, model_config, limits, dtype)
+    model = built(model_config, ctx)
+    load_weights(model, source, None if progress is None else lambda done, total: progress("weights", done, total))
+    name = model_config.architecture
+    runs: Model = model if world is None else OverRanks(model, world, name).prepared(limits.max_tokens)
+    executor, where = started(runs, ctx, needs, fits, config.num_threads, place, world)
+    summary = (
+        f"{source.name} ({model_config.architecture}, {dtype}) on {where}; context {max_model_len}; "
+        f"KV cache of {executor.num_blocks} blocks of {config.block_size} tokens, "
+        f"{mib(executor.num_blocks * needs.per_block)}"
+    )
+    return LoadedExecutor(
+        executor, limits, max_model_len, model_config.vocab_size, model_config.eos_token_ids, summary, world
+    )
+
+
+def limits_of(config: EngineConfig, max_model_len: int, step_tokens: int) -> BatchLimits:
+    """The largest step, of `step_tokens` where nothing else was asked for."""
+    return BatchLimits(
         max_rows=config.max_num_seqs,
         max_tokens=config.max_num_batched_tokens or max(step_tokens, config.max_num_seqs),
         max_blocks=-(-max_model_len // config.block_size),
         block_size=config.block_size,
     )
-    platform = Platform.of(device)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
-    dtype = default_dtype(model_config, platform) if dtype is None else dtype
-    ctx = BuildContext.of(device=device, dtype=dtype, max_positions=max_model_len, block_size=config.block_size)
-    # Built without memory first: what does not fit is refused before it is allocated (0.1 s for 30 layers).
-    shapes = built(model_config, dataclasses.replace(ctx, device=torch.device("meta")))
-    per_block = block_bytes(shapes.kv_spec, config.block_size, dtype)
-    left = left_by_weights(shapes, free_memory(device) if gpu else available_memory())
-    needs = GpuNeeds(per_block, config.kv_cache_bytes, limits, model_config.vocab_size)
-    num_blocks = 0
-    if gpu:
-        needs.check(left)
-    else:
-        num_blocks = num_kv_blocks(per_block, limits, kv_cache_bytes=config.kv_cache_bytes, available=left)
-    model = built(model_config, ctx)
-    load_weights(model, source, None if progress is None else lambda done, total: progress("weights", done, total))
-    num_threads = config.num_threads or available_cpus()
+
+
+def fitting(needs: Needs, shapes: CausalLM, device: torch.device, place: Place) -> int:
+    """KV blocks that fit beside the weights on a CPU; on a GPU that is known only once everything else is there, and
+    this is 0. Raises `ConfigError` if not even the least that is needed fits."""
+    if device.type == "cuda":
+        needs.check(left_by_weights(shapes, free_memory(device)))
+        return 0
+    left = left_by_weights(shapes, available_memory() // place.local_world)
+    return num_kv_blocks(needs.per_block, needs.limits, kv_cache_bytes=needs.kv_cache_bytes, available=left)
+
+
+def started(
+    model: Model, ctx: BuildContext, needs: Needs, fits: int, num_threads: int | None, place: Place, world: World | None
+) -> tuple[Executor, str]:
+    """An executor, and where it runs in words. Ranks all take as many KV blocks as the least of them has; none returns
+    before all are ready. `fits` is how many there are on a CPU."""
     executor: Executor
-    if gpu:
-        if config.num_threads is not None:  # what torch still computes on the host: weights that are converted
-            torch.set_num_threads(config.num_threads)
-        executor, where = start_gpu(model, ctx, needs)
+    if ctx.device.type == "cuda":
+        if num_threads is not None:  # what torch still computes on the host: weights that are converted
+            torch.set_num_threads(num_threads)
+        executor, where = start_gpu(model, ctx, needs, world)
     else:
+        num_threads = num_threads or max(1, available_cpus() // place.local_world)
         executor = CpuExecutor(
             model,
-            num_blocks=num_blocks,
-            limits=limits,
-            vocab_size=model_config.vocab_size,
-            dtype=dtype,
+            num_blocks=fits if world is None else world.least(fits),
+            limits=needs.limits,
+            vocab_size=needs.vocab_size,
+            dtype=ctx.dtype,
             num_threads=num_threads,
+            peers=world,
         )
         where = f"{num_threads} CPU threads"
-    summary = (
-        f"{source.name} ({model_config.architecture}, {dtype}) on {where}; context {max_model_len}; "
-        f"KV cache of {executor.num_blocks} blocks of {config.block_size} tokens, "
-        f"{mib(executor.num_blocks * per_block)}"
-    )
-    return LoadedExecutor(
-        executor, limits, max_model_len, model_config.vocab_size, model_config.eos_token_ids, summary
-    )
+    if world is None:
+        return executor, where
+    world.least(0)
+    return executor, f"{place.world} ranks, each on {where}"
 
 
-def chosen_device(setting: str) -> torch.device:
-    """The device that `TOKENSPEED_DEVICE` asks for. Raises `ConfigError` for one that is not there."""
+def join(ctx: BuildContext, place: Place, seconds: float) -> World:
+    """Meet the other ranks. Raises `ConfigError` if they do not come within so many seconds."""
+    return World.join(
+        ctx.mesh, ctx.rank, ctx.device,
+        address=place.address, port=place.port, timeout=seconds, standing=place.standing,
+    )  # fmt: skip
+
+
+def agree(
+    world: World, config: EngineConfig, model_config: ModelConfig, limits: BatchLimits, dtype: torch.dtype
+) -> None:
+    """Raise `ConfigError` on every rank, naming the flag, if ranks were started differently."""
+    described = msgspec.json.encode(model_config.hf, order="deterministic")
+    for name, value in (
+        ("--model", f"{model_config.architecture} {hashlib.sha256(described).hexdigest()[:16]}"),
+        ("--load-format", config.load_format),
+        ("--dtype", str(dtype)),
+        ("--block-size", str(limits.block_size)),
+        ("--max-model-len", str(limits.max_blocks * limits.block_size)),
+        ("--max-num-seqs", str(limits.max_rows)),
+        ("--max-num-batched-tokens", str(limits.max_tokens)),
+    ):
+        world.same(name, value)
+
+
+def chosen_device(setting: str, place: Place | None = None) -> torch.device:
+    """The device that `TOKENSPEED_DEVICE` asks for: each rank of a machine has its own GPU, which becomes this thread's
+    current one. Raises `ConfigError` for one that is not there."""
+    place = place or Place.alone()
     if setting not in ("", "cpu", "cuda"):
         raise ConfigError(f"{DEVICE} must be cpu or cuda, got {setting!r}")
     found = torch.cuda.is_available()
     if setting == "cuda" and not found:
         raise ConfigError(f"{DEVICE}=cuda, but torch finds no GPU here")
-    return torch.device("cuda", 0) if found and setting != "cpu" else torch.device("cpu")
+    if not found or setting == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", place.local_rank)
+    if place.world > 1:
+        if place.local_world > torch.cuda.device_count():
+            raise ConfigError(
+                f"--tensor-parallel-size {place.world}: {place.local_world} ranks on this machine need a GPU each, but "
+                f"torch finds {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(device)
+    return device
 
 
 def built(config: ModelConfig, ctx: BuildContext) -> CausalLM:

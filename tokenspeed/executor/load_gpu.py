@@ -9,13 +9,13 @@ import torch
 
 from tokenspeed.batch import BatchLimits
 from tokenspeed.errors import ConfigError
-from tokenspeed.executor.device_step import StepOps
+from tokenspeed.executor.device_step import Model, StepOps
 from tokenspeed.executor.gpu import GpuExecutor
 from tokenspeed.executor.graphs import buckets
 from tokenspeed.executor.memory import mib, num_kv_blocks
 from tokenspeed.executor.slot_tables import SlotTables
 from tokenspeed.layers.module import BuildContext
-from tokenspeed.models.causal_lm import CausalLM
+from tokenspeed.parallel.world import World
 
 STEP_TOKENS = 8192
 """Tokens of a step on a GPU, unless a flag says otherwise: enough that products of matrices run at full rate."""
@@ -25,7 +25,7 @@ MARGIN = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class GpuNeeds:
+class Needs:
     """Sizes that decide whether a model fits; `kv_cache_bytes` is what was asked for, None takes what is left."""
 
     per_block: int
@@ -50,11 +50,14 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def start_gpu(model: CausalLM, ctx: BuildContext, needs: GpuNeeds) -> tuple[GpuExecutor, str]:
+def start_gpu(
+    model: Model, ctx: BuildContext, needs: Needs, world: World | None = None
+) -> tuple[GpuExecutor, str]:
     """Start an executor for a loaded model, decode steps captured, and say in a line what it took.
 
     A first executor with a cache of one block runs the largest step and captures everything; what is free beside
-    it becomes the cache of the one that stays. Raises `ConfigError` if that leaves too little.
+    it becomes the cache of the one that stays; the ranks of a `world` all take what the least of them has. Raises
+    `ConfigError` if that leaves too little.
     """
     # Sums of products stay in float32, whatever the split: a token must not depend on the shape of its batch.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -70,7 +73,7 @@ def start_gpu(model: CausalLM, ctx: BuildContext, needs: GpuNeeds) -> tuple[GpuE
         ]
         step_ops = StepOps.of(ctx.target)
         return GpuExecutor(
-            model, kv, limits=limits, vocab_size=needs.vocab_size, step_ops=step_ops, device=device
+            model, kv, limits=limits, vocab_size=needs.vocab_size, step_ops=step_ops, device=device, peers=world
         )
 
     before = free_memory(device)
@@ -91,6 +94,8 @@ def start_gpu(model: CausalLM, ctx: BuildContext, needs: GpuNeeds) -> tuple[GpuE
     num_blocks = num_kv_blocks(
         needs.per_block, limits, kv_cache_bytes=needs.kv_cache_bytes, available=max(0, left - MARGIN), share=1.0
     )
+    if world is not None:
+        num_blocks = world.least(num_blocks)
     gc.collect()
     torch.cuda.empty_cache()
     started = executor(num_blocks)

@@ -42,11 +42,8 @@ class AttentionInput:
     decode: Rows
     prefill: Rows
     num_tokens: torch.Tensor | None
-
-    def cache_rows(self) -> ops.CacheRows:
-        """The rows of a step of decode rows alone, as the ops of whole blocks take them."""
-        rows = self.decode
-        return ops.CacheRows(self.positions, self.kv_slots, rows.kv_len, rows.block_table, rows.kv_lens)
+    cache_rows: ops.CacheRows
+    """The rows of a step of decode rows alone, as the ops of whole blocks take them."""
 
     @classmethod
     def of(cls, inputs: ForwardInput) -> AttentionInput:
@@ -60,12 +57,16 @@ class AttentionInput:
                 kv_lens=inputs.kv_lens[start:stop],
             )
 
+        decode = rows(0, inputs.num_decode)
         return cls(
             positions=inputs.positions,
             kv_slots=inputs.kv_slots,
-            decode=rows(0, inputs.num_decode),
+            decode=decode,
             prefill=rows(inputs.num_decode, len(inputs.query_lens)),
             num_tokens=inputs.num_tokens,
+            cache_rows=ops.CacheRows(
+                inputs.positions, inputs.kv_slots, decode.kv_len, decode.block_table, decode.kv_lens
+            ),
         )
 
 
@@ -201,10 +202,10 @@ class Attention(Module):
 
     @abstractmethod
     def decode(
-        self, x: torch.Tensor, norm: RMSNorm, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
+        self, x: torch.Tensor, norm: RMSNorm | None, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A step of decode rows alone, from before the norm: x and residual [R, H] → (what attention adds,
-        x + residual)."""
+        x + residual). Without a norm x is normed already, and nothing else comes back."""
 
 
 class GQAAttention(Attention):
@@ -253,6 +254,7 @@ class GQAAttention(Attention):
         )
         self.o_proj = RowLinear(ctx, columns_out, {"o_proj": hidden_size}, axis=axis, bias=out_bias)
         self.kv_spec = KVSpec((("k", (num_kv_heads, head_dim)), ("v", (num_kv_heads, head_dim))))
+        self._head_eps, self._scale = 0.0 if qk_norm_eps is None else qk_norm_eps, self.attention.scale
         self._weights_of_block = ops.GqaWeights(
             qkv=self.qkv_proj.weight,
             qkv_bias=self.qkv_proj.bias,
@@ -269,6 +271,8 @@ class GQAAttention(Attention):
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             block_size=ctx.block_size,
+            qkv_form=ops.form_of(self.qkv_proj.weight),
+            out_form=ops.form_of(self.o_proj.weight),
         )
 
     def stages(self) -> Iterable[tuple[str, Module]]:
@@ -286,10 +290,9 @@ class GQAAttention(Attention):
         return out
 
     def decode(
-        self, x: torch.Tensor, norm: RMSNorm, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
+        self, x: torch.Tensor, norm: RMSNorm | None, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        eps = 0.0 if self.qk_norm is None else self.qk_norm.eps
-        (k_cache, v_cache), scale = kv, self.attention.scale
-        return self._block(
-            x, norm.edge(residual), self._weights_of_block, eps, k_cache, v_cache, inputs.cache_rows(), scale
-        )
+        k_cache, v_cache = kv
+        edge = None if norm is None else norm.edge(residual)
+        weights, eps, scale = self._weights_of_block, self._head_eps, self._scale
+        return self._block(x, edge, weights, eps, k_cache, v_cache, inputs.cache_rows, scale)

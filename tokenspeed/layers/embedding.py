@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from tokenspeed.kernels import ops
 from tokenspeed.layers.module import BuildContext, Module
@@ -22,11 +21,12 @@ class Embedding(Module):
     def __init__(self, ctx: BuildContext, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         piece = Piece(ctx.name("weight"), (slice(None),))
-        self.weight = self.declare(ctx, (vocab_size, hidden_size), [piece], Shard(VOCABULARY, 0))
+        self.weight = self.declare_matrix(ctx, (vocab_size, hidden_size), [piece], Shard(VOCABULARY, 0))
         self.row_bytes = hidden_size * ctx.dtype.itemsize
         self._num_ranks = ctx.mesh.size(VOCABULARY)
-        self._first = ctx.mesh.coordinate(ctx.rank, VOCABULARY) * self.weight.shape[0]
-        self._apply_embedding = ops.embedding(ctx.target)
+        self._num_rows = ops.num_rows(self.weight)
+        self._first = ctx.mesh.coordinate(ctx.rank, VOCABULARY) * self._num_rows
+        self._apply_embedding = ops.embedding(ctx.target, ops.form_of(self.weight))
 
     def work(self, tokens: int) -> Work:
         """A row a token, where it is at home."""
@@ -37,7 +37,7 @@ class Embedding(Module):
         if self._num_ranks == 1:
             return self._apply_embedding(token_ids, self.weight)
         here = token_ids - self._first
-        held = (here >= 0) & (here < self.weight.shape[0])
+        held = (here >= 0) & (here < self._num_rows)
         return self._apply_embedding(torch.where(held, here, 0), self.weight) * held.unsqueeze(-1)
 
 
@@ -48,19 +48,19 @@ class LMHead(Module):
     linear = True
     sampled_only = True
 
-    def __init__(self, ctx: BuildContext, vocab_size: int, hidden_size: int, *, tied: nn.Parameter | None) -> None:
+    def __init__(self, ctx: BuildContext, vocab_size: int, hidden_size: int, *, tied: ops.Matrix | None) -> None:
         super().__init__()
         if tied is None:
             piece = Piece(ctx.name("weight"), (slice(None),))
-            self.weight = self.declare(ctx, (vocab_size, hidden_size), [piece], Shard(VOCABULARY, 0))
-        else:
-            self.weight = tied
+            tied = self.declare_matrix(ctx, (vocab_size, hidden_size), [piece], Shard(VOCABULARY, 0))
+        self.weight = tied
         self.row_bytes = vocab_size * torch.float32.itemsize
-        self._apply_lm_head = ops.lm_head(ctx.target)
+        self._apply_lm_head = ops.lm_head(ctx.target, ops.form_of(tied))
+        self._numbers, self._bytes = ops.num_rows(tied) * hidden_size, ops.num_bytes(tied)
 
     def work(self, tokens: int) -> Work:
         """The table is read as a whole, also where it is the embedding's."""
-        return Work(self.weight.numel() * self.weight.element_size(), 2.0 * self.weight.numel() * tokens)
+        return Work(self._bytes, 2.0 * self._numbers * tokens)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, H] → [S, V] float32, V the part of the vocabulary that this rank has."""

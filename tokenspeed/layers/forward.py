@@ -38,7 +38,9 @@ class ForwardInput:
     `block_table` [R, max_blocks] int32, entries past a row's length are undefined.
     `query_lens` and `kv_lens` are the same numbers on the host, as Python ints (upper bounds on a GPU).
     `num_tokens` [1] int32: how many tokens of a captured decode step are none of its padding, which comes last;
-    None: all of them.
+    None: all of them, in a step that is not captured. Over ranks `padded_tokens` is the largest T of all groups of
+    ranks that attend together, each of which has rows of its own, perhaps none; None: all of them have T. All ranks
+    are told the same number, and the same of whether the step is captured.
     """
 
     token_ids: torch.Tensor
@@ -52,3 +54,4 @@ class ForwardInput:
     kv_lens: tuple[int, ...]
     block_size: int
     num_tokens: torch.Tensor | None = None
+    padded_tokens: int | None = None

@@ -40,9 +40,15 @@ class _Linear(Module):
         total = sum(rows.values())
         self.linear = not bias
         weights, biases = (_stacked(ctx, rows, kind, shared_by) for kind in ("weight", "bias"))
-        self.weight = self.declare(ctx, (total, columns), weights, weight_share)
+        self.weight = self.declare_matrix(ctx, (total, columns), weights, weight_share)
         self.bias = self.declare(ctx, (total,), biases, bias_share) if bias else None
-        self._apply_linear = ops.linear(ctx.target)
+        self._apply_linear = ops.linear(ctx.target, ops.form_of(self.weight))
+
+    @property
+    def plain(self) -> torch.Tensor:
+        """The weight [rows, columns], for a block that takes no packed one; such a model has none."""
+        assert isinstance(self.weight, torch.Tensor), "a packed weight in a block that takes rows"
+        return self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, columns] → [T, rows]."""

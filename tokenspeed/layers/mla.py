@@ -166,15 +166,15 @@ class MLAAttention(Attention):
         self.shape = self.attention.shape
         self.kv_spec = KVSpec((("latent", (shape.kv_lora_rank + shape.rope_dim,)),))
         self._weights_of_block = ops.MlaWeights(
-            down=self.down_proj.weight,
+            down=self.down_proj.plain,
             down_bias=self.down_proj.bias,
             q_gain=None if self.q_a_layernorm is None else self.q_a_layernorm.weight,
             kv_gain=self.kv_a_layernorm.weight,
-            q_up=self.q_up_proj.weight,
+            q_up=self.q_up_proj.plain,
             k_up=self.attention.k_up,
             v_up=self.attention.v_up,
             cos_sin=rotary.cos_sin,
-            out=self.o_proj.weight,
+            out=self.o_proj.plain,
             out_bias=self.o_proj.bias,
         )
         self._block = ops.mla_block_decode(
@@ -210,7 +210,8 @@ class MLAAttention(Attention):
         return out
 
     def decode(
-        self, x: torch.Tensor, norm: RMSNorm, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
+        self, x: torch.Tensor, norm: RMSNorm | None, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         (cache,), eps, scale = kv, self.kv_a_layernorm.eps, self.attention.scale
-        return self._block(x, norm.edge(residual), self._weights_of_block, eps, cache, inputs.cache_rows(), scale)
+        edge = None if norm is None else norm.edge(residual)
+        return self._block(x, edge, self._weights_of_block, eps, cache, inputs.cache_rows, scale)

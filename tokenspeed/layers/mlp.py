@@ -39,6 +39,19 @@ class GatedMLP(Module):
         self.activation = SiluMul(ctx, axis=axis)
         self.down_proj = RowLinear(ctx, intermediate_size, {"down_proj": hidden_size}, axis=axis, bias=bias)
         self.row_bytes = hidden_size * ctx.dtype.itemsize
+        self._weights_of_block = ops.MlpWeights(
+            gate_up=self.gate_up_proj.weight,
+            gate_up_bias=self.gate_up_proj.bias,
+            down=self.down_proj.weight,
+            down_bias=self.down_proj.bias,
+        )
+        self._block = ops.mlp_block_decode(
+            ctx.target,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size // ctx.mesh.size(axis),
+            gate_up_form=ops.form_of(self.gate_up_proj.weight),
+            down_form=ops.form_of(self.down_proj.weight),
+        )
 
     def stages(self) -> Iterable[tuple[str, Module]]:
         return (
@@ -53,10 +66,9 @@ class GatedMLP(Module):
         return out
 
     def decode(
-        self, x: torch.Tensor, norm: RMSNorm, residual: torch.Tensor | None, num_tokens: torch.Tensor | None
+        self, x: torch.Tensor, norm: RMSNorm | None, residual: torch.Tensor | None, num_tokens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A step of decode rows alone, from before the norm: x and residual [R, H] → (what the block adds,
-        x + residual). What rows from `num_tokens` on give is of no interest; here they cost nothing, as weights are
-        read once for all rows."""
-        x, residual = norm(x, residual)
-        return self(x), residual
+        x + residual). Without a norm x is normed already, and nothing else comes back. What rows from `num_tokens` on
+        give is of no interest; here they cost nothing, as weights are read once for all rows."""
+        return self._block(x, None if norm is None else norm.edge(residual), self._weights_of_block)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import ops
+from tokenspeed.kernels.forms import ROWS, Packed, packed_shape
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.parallel.cost import Work
 from tokenspeed.parallel.mesh import Mesh
@@ -25,6 +27,7 @@ class BuildContext:
     `target` is what the kernels are selected for; `max_positions` the longest sequence the engine will
     run, which sizes the rotary tables; `block_size` tokens a KV block; `prefix` the dotted name of the
     checkpoint tensors of the module under construction; `rank` the rank of `mesh` that the model is built for.
+    `forms` says which checkpoint tensors are matrices that kernels multiply as they are stored, and in which form.
     """
 
     device: torch.device
@@ -35,6 +38,7 @@ class BuildContext:
     block_size: int
     prefix: str = ""
     rank: int = 0
+    forms: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -46,6 +50,7 @@ class BuildContext:
         block_size: int,
         mesh: Mesh | None = None,
         rank: int = 0,
+        forms: Mapping[str, str] | None = None,
     ) -> BuildContext:
         """A context for `device`; without a mesh, for one rank."""
         return cls(
@@ -56,6 +61,7 @@ class BuildContext:
             max_positions=max_positions,
             block_size=block_size,
             rank=rank,
+            forms={} if forms is None else forms,
         )
 
     def inside(self, name: str) -> BuildContext:
@@ -72,7 +78,8 @@ class Weight:
     """A parameter as one rank holds it, the pieces of checkpoint tensors that fill it there, and the whole of which it
     is the rank's share: its shape and pieces before it was cut, and how it was cut.
 
-    Without pieces the parameter stays as it was declared, zero: its value is another rank's to add.
+    Without pieces the parameter stays as it was declared, zero: its value is another rank's to add. `shape` is the
+    rank's share of the numbers; in another `form` than rows the parameter holds them packed.
     """
 
     parameter: nn.Parameter
@@ -80,6 +87,8 @@ class Weight:
     whole_shape: Shape
     whole_pieces: tuple[Piece, ...]
     shares: tuple[Share, ...]
+    shape: Shape
+    form: str = ROWS
 
 
 class Module(nn.Module):
@@ -112,7 +121,7 @@ class Module(nn.Module):
     def work(self, tokens: int) -> Work:
         """What this rank does for `tokens` tokens: its weights read once, two operations for each of their numbers a
         token, and what its parts do."""
-        numbers = sum(weight.parameter.numel() for weight in self._weights)
+        numbers = sum(math.prod(weight.shape) for weight in self._weights)
         read = sum(weight.parameter.numel() * weight.parameter.element_size() for weight in self._weights)
         return sum((part.work(tokens) for _, part in self.stages()), Work(read, 2.0 * numbers * tokens))
 
@@ -130,23 +139,41 @@ class Module(nn.Module):
         parameter is what is left of it for the context's rank. `dtype` is the context's unless given.
         Raises `ConfigError` for a dimension that cannot be cut so, or when there is no memory.
         """
-        dtype = ctx.dtype if dtype is None else dtype
         whole_shape, whole_pieces = shape, tuple(pieces)
         shape, kept = local(whole_shape, whole_pieces, shares, ctx.mesh, ctx.rank)
-        try:
-            make = torch.empty if kept else torch.zeros
-            values = make(shape, dtype=dtype, device=ctx.device)
-        except RuntimeError as error:
-            name = str(dtype).removeprefix("torch.")
-            raise ConfigError(
-                f"no memory for {ctx.prefix}: {list(shape)} of {name} on {ctx.device}, the model is too large"
-            ) from error
-        parameter = nn.Parameter(values, requires_grad=False)
-        self._weights.append(Weight(parameter, kept, whole_shape, whole_pieces, shares))
+        parameter = _uninitialised(ctx, shape, ctx.dtype if dtype is None else dtype, zeros=not kept)
+        self._weights.append(Weight(parameter, kept, whole_shape, whole_pieces, shares, shape))
         return parameter
+
+    def declare_matrix(self, ctx: BuildContext, shape: Shape, pieces: Iterable[Piece], *shares: Share) -> ops.Matrix:
+        """As `declare`, for a matrix [N,K] that is only multiplied with, or looked up: in the form in which the
+        checkpoint has it, where that is one form for all of it and this rank holds whole tensors."""
+        whole_pieces = tuple(pieces)
+        (rows, columns), kept = local(shape, whole_pieces, shares, ctx.mesh, ctx.rank)
+        forms = {ROWS if piece.part else ctx.forms.get(piece.source, ROWS) for piece in kept}
+        if len(forms) != 1 or ROWS in forms:
+            return self.declare(ctx, shape, whole_pieces, *shares)
+        (form,) = forms
+        packed, dtype = packed_shape(form, rows, columns, ctx.dtype)
+        parameter = _uninitialised(ctx, packed, dtype, zeros=False)
+        self._weights.append(Weight(parameter, kept, shape, whole_pieces, shares, (rows, columns), form))
+        self.register_parameter("packed", parameter)
+        return Packed(parameter, form, rows, columns)
 
     def weights(self) -> Iterator[Weight]:
         """Every weight of this module and its parts, each once."""
         for module in self.modules():
             if isinstance(module, Module):
                 yield from module._weights
+
+
+def _uninitialised(ctx: BuildContext, shape: Shape, dtype: torch.dtype, *, zeros: bool) -> nn.Parameter:
+    try:
+        make = torch.zeros if zeros else torch.empty
+        values = make(shape, dtype=dtype, device=ctx.device)
+    except RuntimeError as error:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"no memory for {ctx.prefix}: {list(shape)} of {name} on {ctx.device}, the model is too large"
+        ) from error
+    return nn.Parameter(values, requires_grad=False)

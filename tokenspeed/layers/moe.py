@@ -218,10 +218,12 @@ class MoE(Module):
         return out
 
     def decode(
-        self, x: torch.Tensor, norm: RMSNorm, residual: torch.Tensor | None, num_tokens: torch.Tensor | None
+        self, x: torch.Tensor, norm: RMSNorm | None, residual: torch.Tensor | None, num_tokens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `GatedMLP.decode`; a row from `num_tokens` on has no experts, so that padding reads none."""
         if self._block is None:
-            x, residual = norm(x, residual)
+            if norm is not None:
+                x, residual = norm(x, residual)
             return self(x, num_tokens), residual
-        return self._block(x, norm.edge(residual), self._weights_of_block, self.gate.scale, num_tokens)
+        edge = None if norm is None else norm.edge(residual)
+        return self._block(x, edge, self._weights_of_block, self.gate.scale, num_tokens)

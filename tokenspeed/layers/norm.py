@@ -24,6 +24,8 @@ class RMSNorm(Module):
         self.eps = eps
         self.weight = self.declare(ctx, (hidden_size,), [Piece(ctx.name("weight"), (slice(None),))], lies)
         self._apply_norm = ops.rms_norm(ctx.target)
+        # In a tuple: `edge` is called in every layer of a step, and torch looks for a module's parameters for 1 µs.
+        self._first_edge = ops.Edge(self.weight, eps, None)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, H], residual [T, H] or None → (norm(x + residual), x + residual)."""
@@ -31,4 +33,5 @@ class RMSNorm(Module):
 
     def edge(self, residual: torch.Tensor | None) -> ops.Edge:
         """This norm and the stream so far, for a block that begins with them."""
-        return ops.Edge(self.weight, self.eps, residual)
+        first = self._first_edge
+        return first if residual is None else ops.Edge(first.gain, first.eps, residual)

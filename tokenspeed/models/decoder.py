@@ -37,6 +37,8 @@ class DecoderLayer(Module):
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(ctx.inside("post_attention_layernorm"), hidden, eps)
         self.mlp = mlp
+        # Kept apart from the modules, which torch looks for longer than some of them compute.
+        self._decode = self_attn.decode, self.input_layernorm, mlp.decode, self.post_attention_layernorm
 
     def stages(self) -> Iterable[tuple[str, Module]]:
         return (
@@ -50,13 +52,18 @@ class DecoderLayer(Module):
         self, x: torch.Tensor, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x and residual [T, H], whose sum is the stream → the same."""
-        if not inputs.prefill.num_rows:
-            x, residual = self.self_attn.decode(x, self.input_layernorm, residual, inputs, kv)
-            return self.mlp.decode(x, self.post_attention_layernorm, residual, inputs.num_tokens)
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, inputs, kv)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
+
+    def decode(
+        self, x: torch.Tensor, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `forward`, of a step of decode rows alone."""
+        attend, first_norm, feed, second_norm = self._decode
+        x, residual = attend(x, first_norm, residual, inputs, kv)
+        return feed(x, second_norm, residual, inputs.num_tokens)
 
 
 class Decoder(CausalLM):
@@ -102,8 +109,9 @@ class Decoder(CausalLM):
         attention = AttentionInput.of(inputs)
         x: torch.Tensor = self.embed_tokens(inputs.token_ids)
         residual: torch.Tensor | None = None
+        decodes = not attention.prefill.num_rows
         for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x, residual = layer(x, residual, attention, layer_kv)
+            x, residual = (layer.decode if decodes else layer)(x, residual, attention, layer_kv)
         hidden: torch.Tensor = self.norm(x, residual)[0]
         return hidden
 

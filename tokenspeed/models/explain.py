@@ -16,7 +16,7 @@ from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.registry import make_model
 from tokenspeed.parallel.compiler import compile_model
-from tokenspeed.parallel.cost import Hardware
+from tokenspeed.parallel.cost import BOTH, KINDS, Hardware
 from tokenspeed.parallel.explain import described, explain, predictions, size
 from tokenspeed.parallel.mesh import Mesh
 from tokenspeed.parallel.program import Program
@@ -47,8 +47,10 @@ def explained(config: ModelConfig, mesh: Mesh, question: Question) -> Iterator[s
     """
     model = _placed(config, mesh, DTYPES[question.dtype])
 
-    def program(tokens: int, rows: int) -> Program:
-        made = compile_model(model, mesh, config.architecture, tokens=tokens, rows=rows, hardware=question.hardware)
+    def program(tokens: int, rows: int, *, captured: bool) -> Program:
+        made = compile_model(
+            model, mesh, config.architecture, tokens=tokens, rows=rows, hardware=question.hardware, captured=captured
+        )
         verify(made)
         return made
 
@@ -56,20 +58,21 @@ def explained(config: ModelConfig, mesh: Mesh, question: Question) -> Iterator[s
     yield f"a rank holds {_held(model, DTYPES[question.dtype])}"
     yield described(question.hardware, mesh)
     yield ""
-    decodes = [program(batch, batch) for batch in question.batches]
+    decodes = [program(batch, batch, captured=True) for batch in question.batches]
     yield from explain(decodes[-1])
     yield ""
-    yield from explain(program(question.prompt_tokens, mesh.size("attn_data")))
+    yield from explain(program(question.prompt_tokens, mesh.size("attn_data"), captured=False))
     yield ""
     yield from predictions(decodes, question.context)
 
 
 def explained_engine(config: EngineConfig) -> Iterator[str]:
-    """The same for an engine as it would be started: one rank, with at most so many rows and tokens in a step."""
+    """The same for an engine as it would be started: over its ranks, with at most so many rows and tokens in a step."""
     batches, tokens = sorted({1, config.max_num_seqs}), config.max_num_batched_tokens or PROMPT_TOKENS
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    question = Question(batches, CONTEXT, tokens, dtype, Hardware())
-    return explained(read_model_config(resolve(config.model, config.load_format)), Mesh.single(), question)
+    question = Question(batches, CONTEXT, tokens, dtype, KINDS[BOTH])
+    mesh = Mesh.of(config.parallel.world, **config.parallel.sizes())
+    return explained(read_model_config(resolve(config.model, config.load_format)), mesh, question)
 
 
 def compared(config: ModelConfig, world: int, question: Question) -> Iterator[str]:
@@ -92,7 +95,9 @@ def compared(config: ModelConfig, world: int, question: Question) -> Iterator[st
             continue
         times = []
         for batch in question.batches:
-            program = compile_model(model, mesh, config.architecture, tokens=batch, hardware=question.hardware)
+            program = compile_model(
+                model, mesh, config.architecture, tokens=batch, hardware=question.hardware, captured=True
+            )
             times.append(program.timing(question.context).total)
         cells = "".join(f"{seconds * 1e3:>10.2f}" for seconds in times)
         found.append((times[-1], f"  {flags:<60}{cells}{size(_weight_bytes(model)):>12}"))

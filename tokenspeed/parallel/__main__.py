@@ -1,4 +1,4 @@
-"""What a model would do on many ranks, from its config.json alone: no weights are read, no GPU is needed."""
+"""What a model would do on many ranks, from its config.json alone; what ranks of this machine do, measured."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from tokenspeed.checkpoint.config import read_model_config
+from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import resolve
 from tokenspeed.errors import ConfigError
 from tokenspeed.models.explain import CONTEXT, DTYPES, PROMPT_TOKENS, Question, compared, explained
-from tokenspeed.parallel.cost import LINKS, Hardware
+from tokenspeed.parallel.cost import BOTH, KINDS, hardware
 from tokenspeed.parallel.mesh import FLAGS, Mesh
 
 AXES = {
@@ -38,14 +39,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _lines(asked: argparse.Namespace) -> Iterator[str]:
+    if asked.command == "measure":
+        yield from _measured(asked)
+        return
     # A folder with nothing but config.json is enough; so is a checkpoint.
     config = read_model_config(resolve(asked.model, "dummy"))
-    hardware = Hardware(near=LINKS[asked.links], ranks_per_machine=asked.ranks_per_machine)
-    question = Question(asked.batch, asked.context, asked.prompt_tokens, asked.dtype, hardware)
+    machine = hardware(asked.links, asked.ranks_per_machine)
+    question = Question(asked.batch, asked.context, asked.prompt_tokens, asked.dtype, machine)
     if asked.command == "compare":
-        return compared(config, asked.world, question)
+        yield from compared(config, asked.world, question)
+        return
     sizes = {argument: getattr(asked, argument) for argument in AXES.values()}
-    return explained(config, Mesh.of(asked.world, **sizes), question)
+    mesh = Mesh.of(asked.world, **sizes)
+    yield from explained(config, mesh, question) if asked.command == "explain" else _decoded(config, mesh, asked)
+
+
+def _decoded(config: ModelConfig, mesh: Mesh, asked: argparse.Namespace) -> Iterator[str]:
+    # The other commands have no use for torch.distributed.
+    from tokenspeed.models.decode_times import decode_times  # noqa: PLC0415
+    from tokenspeed.parallel.measure import started  # noqa: PLC0415
+
+    machine = hardware(asked.links, asked.ranks_per_machine)
+    given = (config, DTYPES[asked.dtype], asked.batch, asked.context, machine)
+    yield f"{config.architecture} over {mesh}"
+    yield f"decode with {asked.context:,} tokens of context, the model's body and logits in a graph, random weights:"
+    yield "  rows a group   measured ms   predicted ms"
+    for times in started(mesh, asked.device, decode_times, *given):
+        measured = max(each.measured for each in times)
+        yield f"  {times[0].rows:>12}  {measured * 1e3:>12.3f}  {times[0].predicted * 1e3:>13.3f}"
+
+
+def _measured(asked: argparse.Namespace) -> Iterator[str]:
+    from tokenspeed.parallel import measure  # noqa: PLC0415
+
+    timings = list(measure.collectives(asked.world, asked.device))
+    yield from measure.table(timings)
+    found = measure.fitted(timings)
+    for name, link in (("near", found.near), ("shared", found.shared)):
+        if link is not None:
+            yield f"{name}: {link.seconds * 1e6:.1f} µs + bytes / {link.bandwidth / 1e9:.1f} GB/s"
+    if asked.links is not None:
+        measure.write_links(asked.links, found)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,17 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="the steps of one layout: what is sent, and how long a step takes")
     compare = commands.add_parser("compare", help="predicted step times of the usual layouts, the fastest first")
-    for command in (explain, compare):
+    decode = commands.add_parser("decode", help="measured step times of one layout beside the predicted ones")
+    for command in (explain, compare, decode):
         command.add_argument("--model", required=True, help="folder with a config.json, .gguf file or hub name")
         command.add_argument("--world", type=_positive, required=True, help="ranks, a GPU each")
         command.add_argument("--batch", type=_positive, nargs="+", default=[1, 8, 32, 128], help="rows of decode steps")
         command.add_argument("--context", type=_positive, default=CONTEXT, help="tokens that each row has already")
         command.add_argument("--prompt-tokens", type=_positive, default=PROMPT_TOKENS, help="of a step of prompts")
         command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
-        command.add_argument("--links", choices=LINKS, default="nccl", help="what carries the collectives")
+        command.add_argument("--links", default=BOTH, help=f"{', '.join(KINDS)}, or a file that `measure` wrote")
         command.add_argument("--ranks-per-machine", type=_positive, default=8)
+    measure = commands.add_parser("measure", help="check and time the collectives between processes of this machine")
+    measure.add_argument("--world", type=_positive, default=2, help="ranks, a GPU each")
+    for command in (measure, decode):
+        command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    measure.add_argument("--links", type=Path, metavar="FILE", help="where to write what predictions need")
     for axis, argument in AXES.items():
-        explain.add_argument(FLAGS[axis], dest=argument, type=_positive, metavar="RANKS")
+        for command in (explain, decode):
+            command.add_argument(FLAGS[axis], dest=argument, type=_positive, metavar="RANKS")
     return parser
 
 

@@ -76,22 +76,27 @@ def compile_model(
     tokens: int = 1,
     rows: int | None = None,
     hardware: Hardware | None = None,
+    captured: bool = False,
 ) -> Program:
     """The program of `model` over `mesh` for steps of `tokens` tokens in all, `rows` of which are sampled from
-    (without it, all of them: a decode step).
+    (without it, all of them: a decode step). One for steps that are `captured` leaves out what the host would have to
+    wait for: tokens go to all ranks, not to those alone that they ask.
 
     Raises `ConfigError` naming both modules of a hand-over that cannot be.
     """
     chain = chain_of(model, mesh, name)
     hardware = Hardware() if hardware is None else hardware
     rows = tokens if rows is None else rows
-    return Program(mesh, chain, tokens, rows, hardware, _Compiler(chain, mesh, tokens, rows, hardware).best())
+    steps = _Compiler(chain, mesh, tokens, rows, hardware, captured=captured).best()
+    return Program(mesh, chain, tokens, rows, hardware, steps, captured)
 
 
 class _Compiler:
-    def __init__(self, chain: Chain, mesh: Mesh, tokens: int, rows: int, hardware: Hardware) -> None:
+    def __init__(
+        self, chain: Chain, mesh: Mesh, tokens: int, rows: int, hardware: Hardware, *, captured: bool
+    ) -> None:
         self._chain, self._mesh, self._hardware = chain, mesh, hardware
-        self._tokens, self._rows = tokens, rows
+        self._tokens, self._rows, self._captured = tokens, rows, captured
         self._routes = Routes(mesh, hardware)
 
     def best(self) -> Steps:
@@ -162,7 +167,7 @@ class _Compiler:
         """The ways to run a block: as it declares, and with tokens sent to those experts alone that they ask."""
         forms = [_Form(block.takes, (Planned(Run(block.path, X)),), block.gives)]
         exchange = block.exchange
-        if exchange is not None:
+        if exchange is not None and not self._captured:
             first, stop, fan_out = exchange.first, exchange.stop, exchange.fan_out
             takes = block.takes.with_letter(first, stop, "V")
             dispatch = Dispatch(X, first, stop)
@@ -216,8 +221,10 @@ class _Compiler:
         moved = self._move(layout, goal.layout, X, tokens, row_bytes, source, goal.name, saved=alone - fused)
         last = moved[-1] if moved else None
         if last is not None and isinstance(last.step, AllReduce):
-            step = AllReduceNorm(goal.norm.path, last.step.first, last.step.stop)
-            return (*moved[:-1], Planned(step, last.sent, last.seconds + fused))
+            first, stop = last.step.first, last.step.stop
+            before = goal.layout.with_letter(first, stop, AllReduce.before)
+            reduced = self._hardware.reduced_seconds(last.step, before, self._mesh, tokens, row_bytes)
+            return (*moved[:-1], Planned(AllReduceNorm(goal.norm.path, first, stop), last.sent, reduced + fused))
         return (*moved, Planned(Norm(goal.norm.path), 0, alone))
 
     def _move(

@@ -5,9 +5,14 @@ Every constant is a named field with its source, so that a prediction can be rec
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+import msgspec
+
+from tokenspeed.errors import ConfigError
 from tokenspeed.parallel.layout import Layout
 from tokenspeed.parallel.mesh import Mesh
 from tokenspeed.parallel.steps import (
@@ -58,14 +63,20 @@ FAR = Link(25e-6, 45e9)
 """Between machines: 400 Gb/s a GPU at nine tenths. Assumed, not measured."""
 
 
+SHARED_BYTES = 8 << 20
+"""Of a message, up to which ranks of a machine reduce through memory that they share."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """One GPU of many.
 
-    `near` joins the ranks of a machine, `far` machines of `ranks_per_machine` ranks each.
+    `near` joins the ranks of a machine, `far` machines of `ranks_per_machine` ranks each. `shared` is memory that the
+    ranks of a machine have in common, through which a sum goes that has a norm behind it; None: it goes as others do.
     """
 
     near: Link = LINKS["nccl"]
+    shared: Link | None = None
     far: Link = FAR
     ranks_per_machine: int = 8
     memory_bandwidth: float = 0.85 * 3.15e12  # a read-only stream on an H100; good decode steps reach 82 to 89 %
@@ -90,6 +101,14 @@ class Hardware:
         if far:
             time += self.far.seconds + far / self.far.bandwidth
         return time
+
+    def reduced_seconds(self, transfer: AllReduce, layout: Layout, mesh: Mesh, tokens: int, row_bytes: int) -> float:
+        """How long an all-reduce takes that has a norm behind it, without the norm."""
+        seconds = self.seconds(transfer, layout, mesh, tokens, row_bytes)
+        near, far = self._volumes(transfer, layout, mesh, tokens, row_bytes, 0)
+        if self.shared is None or far or local_rows(tokens, layout, mesh) * row_bytes > SHARED_BYTES:
+            return seconds
+        return min(seconds, self.shared.seconds + near / self.shared.bandwidth)
 
     def norm_seconds(self, rows: int, row_bytes: int, *, fused: bool) -> float:
         """A norm reads x and residual and writes both. Fused behind an all-reduce it is no kernel of its own, and x
@@ -137,6 +156,40 @@ class Hardware:
             case _:
                 return 0.0, 0.0
         return volume * (local - 1) / local, volume / local * (machines - 1) / machines
+
+
+BOTH = "both"
+"""What an engine has on the GPUs of one machine: NCCL, and memory that they share."""
+
+KINDS = {
+    BOTH: Hardware(shared=LINKS["symmetric"]),
+    "nccl": Hardware(near=LINKS["nccl"]),
+    "symmetric": Hardware(near=LINKS["symmetric"]),
+}
+"""What may carry the collectives, by name."""
+
+
+def hardware(links: str, ranks_per_machine: int) -> Hardware:
+    """The hardware of these links: one of `KINDS`, or a file that `python -m tokenspeed.parallel measure` has written.
+    Raises `ConfigError` naming the file."""
+    known = KINDS.get(links)
+    if known is None:
+        try:
+            measured = msgspec.json.decode(Path(links).read_bytes(), type=Measured)
+        except OSError as error:
+            raise ConfigError(f"--links {links}: none of {', '.join(KINDS)}, and {error.strerror or error}") from error
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"{links}: {error}") from error
+        known = Hardware(near=measured.near, shared=measured.shared)
+    return dataclasses.replace(known, ranks_per_machine=ranks_per_machine)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What `measure` finds out and `hardware` reads: as in `Hardware`."""
+
+    near: Link
+    shared: Link | None
 
 
 def local_rows(tokens: int, layout: Layout, mesh: Mesh) -> int:

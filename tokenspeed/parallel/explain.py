@@ -25,6 +25,8 @@ def described(hardware: Hardware, mesh: Mesh) -> str:
         f"links: {near.seconds * 1e6:g} µs + bytes / {near.bandwidth / 1e9:g} GB/s within a machine of "
         f"{hardware.ranks_per_machine} ranks"
     )
+    if hardware.shared is not None:
+        told += f"; sums with a norm behind {hardware.shared.seconds * 1e6:g} µs"
     if mesh.world > hardware.ranks_per_machine:
         told += f", {far.seconds * 1e6:g} µs + bytes / {far.bandwidth / 1e9:g} GB/s between machines"
     memory, arithmetic = hardware.memory_bandwidth / 1e12, hardware.flop_rate / 1e12
@@ -34,7 +36,7 @@ def described(hardware: Hardware, mesh: Mesh) -> str:
 def explain(program: Program) -> Iterator[str]:
     """The program, a line a step, equal neighbouring layers once. Bytes are what a rank sends, times are predicted."""
     sampled = f", {program.rows} sampled from" if program.rows != program.tokens else ""
-    yield f"a step of {program.tokens} tokens{sampled}"
+    yield f"a step of {program.tokens} tokens{sampled}{', captured' if program.captured else ''}"
     name = program.chain.name
     groups = [(index, [_line(planned, program.mesh, name) for planned in steps]) for index, steps in _layers(program)]
     for (outside, lines), run in itertools.groupby(groups, key=_alike):

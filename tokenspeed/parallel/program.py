@@ -28,8 +28,8 @@ class StepTime:
 @dataclass(frozen=True, slots=True)
 class Program:
     """`steps` bring x from what the runner hands in (`chain.takes`) to what it gets (`chain.gives`), for `tokens`
-    tokens over all ranks, `rows` of which are sampled from. Two programs of one model over one mesh differ in their
-    transfers alone, never in what a rank holds of the weights.
+    tokens over all ranks, `rows` of which are sampled from; `captured`: no step of it waits for the host. Two programs
+    of one model over one mesh differ in their transfers alone, never in what a rank holds of the weights.
     """
 
     mesh: Mesh
@@ -38,6 +38,7 @@ class Program:
     rows: int
     hardware: Hardware
     steps: tuple[Planned, ...]
+    captured: bool = False
 
     def transfers(self) -> Iterator[Planned]:
         """The steps at which ranks meet."""

@@ -47,7 +47,7 @@ class Routes:
     ) -> Route | None:
         """The cheapest route, of equals one with the fewest steps; None if there is none.
 
-        `saved` seconds are what the step behind it gains if it ends in an all-reduce.
+        `saved` seconds are what a norm behind it gains if it ends in an all-reduce, which then takes less time itself.
         """
         key = (start, end, tokens, row_bytes, saved)
         if key not in self._known:
@@ -75,9 +75,20 @@ class Routes:
                 if (after, ends) not in done:
                     total = seconds + planned.seconds
                     heapq.heappush(queue, (total, length + 1, next(order), after, ends, (*steps, planned)))
-        return min(
-            found, key=lambda route: (route.seconds - saved * route.ends_in_all_reduce, len(route.steps)), default=None
-        )
+
+        def cost(route: Route) -> tuple[float, int]:
+            gain = saved + self._gain(route, end, tokens, row_bytes) if saved else 0.0
+            return route.seconds - gain * route.ends_in_all_reduce, len(route.steps)
+
+        return min(found, key=cost, default=None)
+
+    def _gain(self, route: Route, end: Layout, tokens: int, row_bytes: int) -> float:
+        """What the all-reduce at its end takes less with a norm behind it."""
+        last = route.steps[-1] if route.steps else None
+        if last is None or not isinstance(last.step, AllReduce):
+            return 0.0
+        before = end.with_letter(last.step.first, last.step.stop, AllReduce.before)
+        return last.seconds - self._hardware.reduced_seconds(last.step, before, self._mesh, tokens, row_bytes)
 
     def _planned(self, transfer: Transfer, layout: Layout, tokens: int, row_bytes: int) -> Planned:
         arguments = (transfer, layout, self._mesh, tokens, row_bytes)

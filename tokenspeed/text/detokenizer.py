@@ -43,6 +43,11 @@ class Detokenizer:
         self._rest = data[used:]
         return self._begun(text) if self._strips else text
 
+    @property
+    def rest(self) -> bytes | None:
+        """The bytes of the character that is incomplete; None while the next token's text may lose a leading space."""
+        return None if self._strips else self._rest
+
     def flush(self) -> str:
         """What is left at the end: U+FFFD if a character stayed incomplete."""
         text, _ = utf_8_decode(self._rest, "replace", True)

@@ -97,6 +97,8 @@ class OutputText:
             continues=continues,
         )
         self._stops = stop_strings(params.stop)
+        self.stops = "".join(sorted(self._stops.first))
+        """The characters with which a stop string may begin."""
         self._min_tokens = params.min_tokens
         self._shows_stop = params.include_stop_str_in_output
         self._held = ""
@@ -132,6 +134,19 @@ class OutputText:
             shown.append(self._held)
             self._held, self._state = "", 0
         return TextDelta("".join(shown), self._num_tokens, self._stop)
+
+    @property
+    def rest(self) -> bytes | None:
+        """The bytes of the character that is incomplete; None if anything else is held back, or shown in another way.
+
+        If not, what tokens complete would be shown as it is, as long as none of it is in `stops`.
+        """
+        return None if self._state or self._stop is not None else self._detokenizer.rest
+
+    def passed(self, token_ids: Sequence[int]) -> str:
+        """Take in tokens that were shown without being fed, while there was a `rest`; gives their text."""
+        self._num_tokens += len(token_ids)
+        return self._detokenizer.feed(token_ids)
 
     def _add(self, text: str, shown: list[str]) -> bool:
         """Add text that the latest token completed; True if a stop string ended the choice in it."""

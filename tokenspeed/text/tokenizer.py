@@ -19,6 +19,8 @@ from typing import NamedTuple
 from tokenspeed.errors import InvalidRequest
 from tokenspeed.text.spans import Span, template_runs
 
+CHECKED_CHARACTERS = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -251,8 +253,11 @@ def pieces_between(text: str, matches: list[Match]) -> Iterator[str | int]:
 
 
 def _checked(text: str) -> str:
+    start = 0
     try:
-        text.isascii() or text.encode("utf-8")
+        # By parts: a text of a million characters at once holds the interpreter 1.5 ms.
+        for start in range(0, 0 if text.isascii() else len(text), CHECKED_CHARACTERS):
+            text[start : start + CHECKED_CHARACTERS].encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"the text has a lone surrogate at character {error.start}") from error
+        raise InvalidRequest(f"the text has a lone surrogate at character {start + error.start}") from error
     return text

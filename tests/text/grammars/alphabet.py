@@ -11,10 +11,12 @@ import numpy as np
 from tokenspeed.text.grammars.binding import Compiled, Compiler
 from tokenspeed.text.grammars.judge import with_schemas
 from tokenspeed.text.grammars.vocabulary import Vocabulary
-from tokenspeed.text.parsers.choose import TOOL_PARSERS
-from tokenspeed.text.parsers.reasoning import MARKERS
+from tokenspeed.text.parsers.choose import REASONING_PARSERS, TOOL_PARSERS
 
-MARKS = sorted({*MARKERS, *(mark for parser in TOOL_PARSERS.values() for mark in parser.markers)})
+MARKS = sorted(
+    {mark for thinking in REASONING_PARSERS.values() for mark in thinking.marks}
+    | {mark for parser in TOOL_PARSERS.values() for mark in parser.markers}
+)
 TOKENS = [*(bytes([byte]) for byte in range(256)), b"tool", b'": ', b"\n\n", *(mark.encode() for mark in MARKS)]
 END = len(TOKENS)
 """The one token without a text."""

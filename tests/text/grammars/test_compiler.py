@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +173,34 @@ def test_too_many_that_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     judged(work)
 
 
+def test_one_tenant_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_OF_ONE", 2)
+
+    async def work(compiler: GrammarCompiler) -> None:
+        flood = [compiler.compile(Grammar("regex", f"x{index}"), b"flood") for index in range(3)]
+        outcomes = await asyncio.gather(*flood, compiler.compile(GOOD, b"polite"), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes].count(QueueFull) == 1
+        assert not isinstance(outcomes[-1], BaseException)
+        assert (await compiler.compile(Grammar("regex", "y"), b"flood")).rules and not compiler._waiting
+
+    judged(work)
+
+
+def test_a_refusal_by_the_clock_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(compiler: GrammarCompiler) -> None:
+        with monkeypatch.context() as hurried:
+            hurried.setattr(module, "WALL_FACTOR", 0)
+            with pytest.raises(InvalidRequest, match="takes more than"):
+                await compiler.compile(GOOD)
+        with pytest.raises(InvalidRequest, match="takes more than"):  # remembered
+            await compiler.compile(GOOD)
+        later = time.monotonic() + 2 * module.OVERDUE_SECONDS
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: later))
+        assert (await compiler.compile(GOOD)).rules
+
+    judged(work)
+
+
 def test_at_the_end_nobody_is_left_waiting() -> None:
     async def run() -> None:
         compiler = GrammarCompiler(lambda: VOCABULARY, seconds=SECONDS)
@@ -187,15 +218,14 @@ def test_at_the_end_nobody_is_left_waiting() -> None:
 def test_whoever_comes_as_an_unwanted_grammar_is_dropped_is_served_all_the_same() -> None:
     async def work(compiler: GrammarCompiler) -> None:
         await compiler.vocabulary()
-        for _ in range(module.WORKERS):
-            await compiler._free.acquire()
-        leaving = asyncio.create_task(compiler.compile(GOOD))
-        await asyncio.sleep(0)
-        dropped, = compiler._judging.values()
-        leaving.cancel()
-        await asyncio.sleep(0)
-        for _ in range(module.WORKERS):
-            compiler._free.release()
+        async with contextlib.AsyncExitStack() as busy:
+            for _ in range(module.WORKERS):
+                await busy.enter_async_context(compiler._turns.place(b"busy"))
+            leaving = asyncio.create_task(compiler.compile(GOOD))
+            await asyncio.sleep(0)
+            dropped, = compiler._judging.values()
+            leaving.cancel()
+            await asyncio.sleep(0)
         while not dropped.done():
             await asyncio.sleep(0)
         assert (await compiler.compile(GOOD)).rules

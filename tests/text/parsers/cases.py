@@ -350,4 +350,102 @@ PYTHONIC = [
     Case("cut off", "pythonic", "[now(a='b", "", [("now", '{"a": "b')]),
 ]
 
-ALL = [*HERMES, *QWEN3_CODER, *DEEPSEEK, *KIMI_K2, *LLAMA3, *PYTHONIC]
+def glm(function: str, line: str = "\n", **arguments: str) -> str:
+    inner = "".join(
+        f"<arg_key>{name}</arg_key>{line}<arg_value>{value}</arg_value>{line}" for name, value in arguments.items()
+    )
+    return f"<tool_call>{function}{line}{inner}</tool_call>"
+
+
+def tagged(name: str, text: str, calls: list[Call], content: str = "") -> Case:
+    return Case(name, "glm45", text, content, calls)
+
+
+GLM45 = [
+    tagged("one call", glm("get_weather", city="Paris", days="3"), [("get_weather", PARIS)]),
+    tagged("no line ends", glm("get_weather", "", city="Paris", days="3"), [("get_weather", PARIS)]),
+    tagged(
+        "types of the schema",
+        "On it.\n" + glm("get_weather", city="3", exact="true", near="null", options='{"a": [1]}', unit="C"),
+        [("get_weather", '{"city": "3", "exact": true, "near": null, "options": {"a": [1]}, "unit": "C"}')],
+        "On it.",
+    ),
+    tagged("a number or text", glm("get_weather", limit="2.5"), [("get_weather", '{"limit": 2.5}')]),
+    tagged("an unknown tool", glm("f", a="1"), [("f", '{"a": "1"}')]),
+    tagged("no arguments", glm("now"), [("now", "{}")]),
+    tagged("no arguments, no line end", "<tool_call>now</tool_call>", [("now", "{}")]),
+    tagged("two calls", glm("now") + "\n" + glm("now") + "\n", [("now", "{}"), ("now", "{}")]),
+    tagged(
+        "lines, quotes and tags in a value",
+        glm("write_file", path="a", content='\n<b x="1">\\n</b>\n\n'),
+        [("write_file", '{"path": "a", "content": "\\n<b x=\\"1\\">\\\\n</b>\\n\\n"}')],
+    ),
+    tagged(
+        "its own tags in a value",
+        glm("write_file", path="a", content="<x></arg_value> and </tool_call> then <arg_key>"),
+        [("write_file", '{"path": "a", "content": "<x></arg_value> and </tool_call> then <arg_key>"}')],
+    ),
+    tagged(
+        "</arg_value> forgotten before the end",
+        "<tool_call>write_file\n<arg_key>path</arg_key>\n<arg_value>a</tool_call>\n" + glm("now"),
+        [("write_file", '{"path": "a"}'), ("now", "{}")],
+    ),
+    tagged("<arg_value> forgotten", "<tool_call>now<arg_key>a</arg_key>b", [("now", "{}")], "b"),
+    tagged("content behind", glm("now") + "\nDone.", [("now", "{}")], "Done."),
+    tagged("the tag in prose", "<tool_call> is a tag", [], "<tool_call> is a tag"),
+    tagged("another format", hermes('{"name": "f"}'), [], hermes('{"name": "f"}')),
+    tagged("cut off in a value", glm("write_file", path="a/b")[:-25], [("write_file", '{"path": "a/b')]),
+    tagged(
+        "cut off in a number",
+        "<tool_call>get_weather<arg_key>days</arg_key><arg_value>1",
+        [("get_weather", '{"days": 1')],
+    ),
+    tagged("cut off in the name", "<tool_call>no", [], "<tool_call>no"),
+    tagged("cut off behind a value", glm("write_file", path="a")[:-12], [("write_file", '{"path": "a"')]),
+]
+
+
+def mistral(*calls: str) -> str:
+    return "".join(f"[TOOL_CALLS]{call}" for call in calls)
+
+
+MISTRAL = [
+    Case("one call", "mistral", mistral(f"get_weather[ARGS]{PARIS}"), "", [("get_weather", PARIS)]),
+    Case(
+        "content and two calls",
+        "mistral",
+        "Let me look." + mistral(f"get_weather[ARGS]{PARIS}", "now[ARGS]{}"),
+        "Let me look.",
+        [("get_weather", PARIS), ("now", "{}")],
+    ),
+    Case("an id", "mistral", mistral("now[CALL_ID]abcDEF123[ARGS]{}"), "", [("now", "{}")]),
+    Case(
+        "without the token",
+        "mistral",
+        mistral('now{"a": [1]}', "now {}"),
+        "",
+        [("now", '{"a": [1]}'), ("now", "{}")],
+    ),
+    Case("a name and nothing", "mistral", mistral("now[ARGS]", "f[ARGS]{}"), "", [("now", "{}"), ("f", "{}")]),
+    Case("no JSON", "mistral", mistral("f[ARGS]{a=1}", "now[ARGS]{}"), "", [("f", "{a=1}"), ("now", "{}")]),
+    Case("content behind", "mistral", mistral("now[ARGS]{}") + " Done.", "Done.", [("now", "{}")]),
+    Case("the token in prose", "mistral", "A [TOOL_CALLS] token", "A [TOOL_CALLS] token", []),
+    Case("cut off in the name", "mistral", "[TOOL_CALLS]no", "[TOOL_CALLS]no", []),
+    Case("cut off", "mistral", '[TOOL_CALLS]now[ARGS]{"a": "b', "", [("now", '{"a": "b')]),
+    Case("one call", "mistral_v3", f'[TOOL_CALLS] [{{"name": "f", "arguments": {PARIS}}}]', "", [("f", PARIS)]),
+    Case(
+        "two calls with ids",
+        "mistral_v3",
+        f'So.[TOOL_CALLS][{{"name": "f", "arguments": {PARIS}, "id": "abcDEF123"}}, '
+        '{"arguments": {}, "name": "now"}]',
+        "So.",
+        [("f", PARIS), ("now", "{}")],
+    ),
+    Case("a bracket too few", "mistral_v3", '[TOOL_CALLS] [{"name": "now"} what', "what", [("now", "{}")]),
+    Case("a list of something else", "mistral_v3", "[TOOL_CALLS] [1, 2]", "[TOOL_CALLS] [1, 2]", []),
+    Case("more of something else", "mistral_v3", '[TOOL_CALLS] [{"name": "now"}, 2]', "2]", [("now", "{}")]),
+    Case("cut off", "mistral_v3", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "b', "", [("f", '{"a": "b')]),
+    Case("cut off behind a call", "mistral_v3", '[TOOL_CALLS] [{"name": "now"},', "", [("now", "{}")]),
+]
+
+ALL = [*HERMES, *QWEN3_CODER, *DEEPSEEK, *KIMI_K2, *LLAMA3, *PYTHONIC, *GLM45, *MISTRAL]

@@ -8,12 +8,35 @@ from typing import Any, Protocol
 
 from tests.text.parsers.cases import TOOLS, Call
 from tokenspeed.text.parsers.choose import AnswerFormat
-from tokenspeed.text.parsers.events import CallArguments, CallBegun, CallEnded, Content, Event, Reasoning
+from tokenspeed.text.parsers.events import CallArguments, CallBegun, CallEnded, Content, Event, Reasoning, TextEvent
+from tokenspeed.text.parsers.tool_parser import Passage
 
 
 class Reader(Protocol):
     def feed(self, text: str) -> list[Event]: ...
     def finish(self) -> list[Event]: ...
+    def passage(self) -> Passage | None: ...
+    def passed(self, event: TextEvent) -> None: ...
+
+
+@dataclass
+class Bypassing:
+    """A reader that is fed only what cannot pass it; `passed` counts the rest."""
+
+    reader: Reader
+    count: int = 0
+
+    def feed(self, text: str) -> list[Event]:
+        passage = self.reader.passage()
+        if passage is None or not text or not passage.plain.allows(text):
+            return self.reader.feed(text)
+        self.count += 1
+        event = passage.event(text)
+        self.reader.passed(event)
+        return [event]
+
+    def finish(self) -> list[Event]:
+        return self.reader.finish()
 
 
 @dataclass
@@ -29,7 +52,7 @@ def parser(tools: str | None, reasoning: str | None = None, prompt_end: str = ""
     return make()
 
 
-def read(reader: Reader, pieces: Iterable[str]) -> Seen:
+def read(reader: Reader | Bypassing, pieces: Iterable[str]) -> Seen:
     """All events, checked for their order: a call begins, gets its arguments, ends, and then the next one begins."""
     seen = Seen()
     open_index: int | None = None

@@ -131,14 +131,14 @@ def allowed(grammar: Grammar | None, text: str) -> bool:
 
 @pytest.mark.parametrize("reasoning", sorted(REASONING_PARSERS))
 def test_a_grammar_binds_after_the_thinking_and_at_once_where_the_prompt_has_closed_it(reasoning: str) -> None:
-    answers = AnswerFormat(None, reasoning)
-    opened = answer_grammar(answers, ASKED, None, "<think>\n")
-    assert allowed(opened, 'so {"b" is\n</think>\n\n{"a": 1}') and not allowed(opened, '{"a": 1}')
-    closed = answer_grammar(answers, ASKED, None, "<think>\n\n</think>\n\n")
-    assert allowed(closed, '{"a": 1}') and not allowed(closed, 'well\n</think>\n{"a": 1}')
+    answers, (begin, end) = AnswerFormat(None, reasoning), REASONING_PARSERS[reasoning].marks
+    opened = answer_grammar(answers, ASKED, None, f"{begin}\n")
+    assert allowed(opened, f'so {{"b" is\n{end}\n\n{{"a": 1}}') and not allowed(opened, '{"a": 1}')
+    closed = answer_grammar(answers, ASKED, None, f"{begin}\n\n{end}\n\n")
+    assert allowed(closed, '{"a": 1}') and not allowed(closed, f'well\n{end}\n{{"a": 1}}')
     unsaid = answer_grammar(answers, ASKED, None, "<|assistant|>")
     assert allowed(unsaid, '{"a": 1}') is not REASONING_PARSERS[reasoning].assumed
-    assert allowed(unsaid, '<think>\nhm\n</think>\n{"a": 1}')
+    assert allowed(unsaid, f'{begin}\nhm\n{end}\n{{"a": 1}}')
 
 
 def test_beside_a_response_format_an_answer_is_calls_or_the_format() -> None:

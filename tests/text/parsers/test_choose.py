@@ -29,8 +29,9 @@ FAMILIES = {
     ),
     "Kimi K2": (TOOLS + "<|tool_calls_section_begin|><|tool_call_begin|>", "kimi_k2", None),
     "Kimi K2 Thinking": (TOOLS + "<|tool_call_begin|><think></think>", "kimi_k2", "kimi_k2"),
-    "GLM 4.5": (TOOLS + "<tool_call>name<arg_key></think> arguments", None, "qwen3"),
-    "Mistral": (MISTRAL, None, None),
+    "GLM 4.5": (TOOLS + "<tool_call>name<arg_key></think> arguments", "glm45", "glm45"),
+    "Mistral": (MISTRAL, "mistral_v3", None),
+    "Magistral": (TOOLS + "[THINK][/THINK][TOOL_CALLS]' + name + '[ARGS]", "mistral", "mistral"),
     "no tools": ("{% for message in messages %}{{ message.content }}{% endfor %}", None, None),
 }
 
@@ -59,7 +60,8 @@ SILENT = TOOLS + "{{ message.content }}"
         (SILENT, "llama", None, None),
         (SILENT, "", None, None),
         (FAMILIES["Qwen 3 Coder"][0], "qwen3_moe", "qwen3_coder", "qwen3"),
-        (FAMILIES["GLM 4.5"][0], "qwen3", None, "qwen3"),
+        (SILENT, "glm4_moe", "glm45", "glm45"),
+        (FAMILIES["GLM 4.5"][0], "qwen3", "glm45", "glm45"),
     ],
 )
 def test_the_architecture_decides_what_the_template_leaves_open(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.text.parsers.cases import ALL, Case
-from tests.text.parsers.reading import Seen, parser, read
+from tests.text.parsers.reading import Bypassing, Seen, parser, read
 from tokenspeed.text.parsers.choose import REASONING_PARSERS, TOOL_PARSERS
 from tokenspeed.text.parsers.events import CallArguments, CallBegun, Content
 
@@ -28,6 +28,15 @@ def test_the_sum_is_the_same_for_every_cut_in_two_and_character_by_character(cas
     assert read(parser(case.parser), case.text) == expected
     for at in range(1, len(case.text)):
         assert read(parser(case.parser), (case.text[:at], case.text[at:])) == expected, case.text[:at]
+
+
+@EACH
+def test_what_may_pass_without_being_read_is_what_reading_would_have_told(case: Case) -> None:
+    expected = Seen(case.content, "", case.calls)
+    assert read(Bypassing(parser(case.parser)), case.text) == expected
+    for at in range(1, len(case.text)):
+        pieces = (case.text[:at], case.text[at : at + 5], case.text[at + 5 :])
+        assert read(Bypassing(parser(case.parser)), pieces) == expected, case.text[:at]
 
 
 @EACH
@@ -68,6 +77,8 @@ def test_whatever_a_model_writes_is_read_alike_however_it_is_cut(
     whole = read(parser(tools, reasoning), [text])
     assert read(parser(tools, reasoning), pieces) == whole
     assert read(parser(tools, reasoning), text) == whole
+    assert read(Bypassing(parser(tools, reasoning)), pieces) == whole
+    assert read(Bypassing(parser(tools, reasoning)), text) == whole
 
 
 @settings(max_examples=100, deadline=None)
@@ -132,6 +143,40 @@ def test_arguments_come_as_they_are_generated() -> None:
     assert fragments("pythonic", "[now(a='hello world")[-10:] == list("ello world")
     call = "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{'a': 'hello world"
     assert fragments("kimi_k2", call)[-10:] == list("ello world")
+
+
+@pytest.mark.parametrize(
+    ("name", "reasoning", "before", "text"),
+    [
+        ("hermes", None, "So", " hello world"),
+        ("hermes", None, '<tool_call>{"name": "now", "arguments": {"a": "b', "hello 'world'"),
+        ("hermes", "qwen3", "<think>hm", " hello, world"),
+        ("hermes", "qwen3", "<think>hm</think>Yes", " hello, world"),
+        ("qwen3_coder", None, "So", " hello world"),
+        ("qwen3_coder", None, "<tool_call><function=write_file><parameter=path>\nx", ' say "hello"'),
+        ("kimi_k2", None, '<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{"a": "x', "hello world"),
+        ("deepseek_v31", None, '<｜tool▁call▁begin｜>now<｜tool▁sep｜>{"a": "x', "hello world"),
+        ("llama3_json", None, '{"name": "now", "parameters": {"a": "x', "hello world"),
+        ("pythonic", None, "So", " hello world"),
+    ],
+)
+def test_long_texts_and_strings_are_read_only_where_they_may_end(
+    name: str, reasoning: str | None, before: str, text: str
+) -> None:
+    reader = Bypassing(parser(name, reasoning))
+    reader.reader.feed(before)
+    for character in text:
+        reader.feed(character)
+    assert reader.count == len(text)
+
+
+def test_escapes_pass_where_they_are_complete() -> None:
+    reader = parser("hermes")
+    reader.feed('<tool_call>{"name": "now", "arguments": {"a": "b')
+    passage = reader.passage()
+    assert passage is not None
+    assert all(map(passage.plain.allows, ("x", r"\n", r"def f():\n\treturn \"é\"", r"\\", "'")))
+    assert not any(map(passage.plain.allows, ('"', "\\", r"\\" + "\\", r"\u00e9", r"\x41", "\n", r'\\"')))
 
 
 def test_the_name_is_told_before_the_arguments_are_complete() -> None:

@@ -30,6 +30,9 @@ CASES = [
         f"I use\n<tool_call> now.</think>{CALL}",
         Seen("", "I use\n<tool_call> now.", NOW),
     ),
+    ("GLM calls inside of it", "glm45", "", "<think>hm<tool_call>now</tool_call>", Seen("", "hm", NOW)),
+    ("Mistral's marks", "mistral", "", "[THINK]hm </think>[/THINK]Yes", Seen("Yes", "hm </think>")),
+    ("Mistral forgets to close", "mistral", "", "[THINK]hm[TOOL_CALLS]now[ARGS]{}", Seen("", "hm", NOW)),
     ("R1 is inside unless told", "deepseek_r1", "", "hm</think>Yes", Seen("Yes", "hm")),
     ("R1 told", "deepseek_r1", "</think>", "Yes", Seen("Yes")),
     ("Kimi forgets to close", "kimi_k2", "", f"<think>hm{KIMI_CALL}", Seen("", "hm", NOW)),
@@ -47,7 +50,7 @@ CASES = [
 def test_thinking_is_told_from_the_answer_however_the_text_is_cut(
     name: str, reasoning: str, prompt_end: str, text: str, expected: Seen
 ) -> None:
-    tools = "kimi_k2" if reasoning == "kimi_k2" else "hermes"
+    tools = reasoning if reasoning in ("glm45", "kimi_k2", "mistral") else "hermes"
     assert read(parser(tools, reasoning, prompt_end), text) == expected
     for at in range(len(text) + 1):
         assert read(parser(tools, reasoning, prompt_end), (text[:at], text[at:])) == expected, text[:at]

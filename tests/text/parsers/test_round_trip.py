@@ -35,6 +35,15 @@ TEMPLATES = {
         "{{- '<|tool_call_argument_begin|>' }}{{ c.function.arguments | tojson }}{{ '<|tool_call_end|>' }}"
         "{{- '<|tool_calls_section_end|>' if loop.last }}" + END
     ),
+    "glm45": (
+        TURN + CALLS + "{{- '\\n<tool_call>' + c.function.name + '\\n' }}"
+        "{%- for name, value in c.function.arguments | items %}{{ '<arg_key>' + name + '</arg_key>\\n<arg_value>' }}"
+        "{{- value if value is string else value | tojson }}{{ '</arg_value>\\n' }}{% endfor %}"
+        "{{- '</tool_call>' }}" + END
+    ),
+    "mistral": (
+        TURN + CALLS + "{{- '[TOOL_CALLS]' + c.function.name + '[ARGS]' }}{{ c.function.arguments | tojson }}" + END
+    ),
     "qwen3_coder": (
         "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{{ (m.content or '') }}" + CALLS + "{{- '\\n' }}"
         "{{- '<tool_call>\\n<function=' + c.function.name + '>\\n' }}"

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import signal
 import sys
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -16,6 +18,7 @@ import msgspec
 
 from tokenspeed.errors import InternalError, InvalidRequest, QueueFull, Unavailable
 from tokenspeed.request import Grammar
+from tokenspeed.text.grammars.turns import Turns
 from tokenspeed.text.grammars.vocabulary import Vocabulary
 from tokenspeed.text.grammars.worker import Verdict
 
@@ -30,8 +33,14 @@ WALL_FACTOR = 8
 MEMORY_BYTES = 2 << 30
 CACHE_BYTES = 64 << 20
 MAX_WAITING = 64
+MAX_OF_ONE = 48
+"""Of these, of one tenant: the others find room, and a worker as soon as it is their turn."""
+
 WORKERS = 2
 """A grammar that takes all its time holds up one of them."""
+
+OVERDUE_SECONDS = 60.0
+"""How long it is remembered that a grammar took too long by the clock, which may have been the machine's fault."""
 
 _VERDICT = msgspec.msgpack.Decoder(Verdict)
 
@@ -61,11 +70,12 @@ class GrammarCompiler:
         self._seconds = seconds
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, tuple[Verdict, float]] = OrderedDict()  # and until when it holds
         self._judging: dict[bytes, asyncio.Task[Verdict]] = {}
         self._wanted: dict[bytes, int] = {}
         self._workers: list[_Worker] = []
-        self._free = asyncio.Semaphore(WORKERS)
+        self._turns = Turns(WORKERS)
+        self._waiting: Counter[bytes] = Counter()
         self._closed = False
 
     async def vocabulary(self) -> Vocabulary:
@@ -74,15 +84,19 @@ class GrammarCompiler:
             self._vocabulary = asyncio.create_task(asyncio.to_thread(self._make_vocabulary))
         return await asyncio.shield(self._vocabulary)
 
-    async def compile(self, grammar: Grammar) -> Rules:
-        """`InvalidRequest` names the grammar's field, `QueueFull` where too many wait, `Unavailable` after `close`."""
+    async def compile(self, grammar: Grammar, tenant: bytes = b"") -> Rules:
+        """`InvalidRequest` names the grammar's field, `QueueFull` where too many wait, `Unavailable` after `close`.
+
+        Tenants take turns.
+        """
         if find_spec("xgrammar") is None:
             raise InvalidRequest(f"{grammar.field} needs the package xgrammar on this server", param=grammar.field)
         try:
-            asked = f"{grammar.kind}\0{grammar.strict}\0{grammar.thinking}\0{grammar.text}".encode()
+            how = f"{grammar.kind}\0{grammar.strict}\0{grammar.thinking}\0{grammar.marks}"
+            asked = f"{how}\0{grammar.text}".encode()
         except UnicodeEncodeError:
             raise InvalidRequest(f"{grammar.field} is no valid Unicode", param=grammar.field) from None
-        verdict = await self._verdict(hashlib.blake2b(asked, digest_size=16).digest(), grammar)
+        verdict = await self._verdict(hashlib.blake2b(asked, digest_size=16).digest(), grammar, tenant)
         if verdict.refusal:
             raise InvalidRequest(f"{grammar.field}: {verdict.refusal}", param=grammar.field)
         return Rules(hashlib.blake2b(verdict.rules.encode(), digest_size=16).digest(), verdict.rules)
@@ -90,25 +104,28 @@ class GrammarCompiler:
     async def close(self) -> None:
         """End the processes; whoever waits, or comes later, gets an error."""
         self._closed = True
-        for task in self._judging.values():
+        judging = list(self._judging.values())
+        for task in judging:
             task.cancel()
+        await asyncio.gather(*judging, return_exceptions=True)
         workers, self._workers = self._workers, []
         for worker in workers:
             await worker.kill()
 
-    async def _verdict(self, key: bytes, grammar: Grammar) -> Verdict:
-        known = self._verdicts.get(key)
-        if known is not None:
+    async def _verdict(self, key: bytes, grammar: Grammar, tenant: bytes) -> Verdict:
+        known, until = self._verdicts.get(key, (None, math.inf))
+        if known is not None and time.monotonic() < until:
             self._verdicts.move_to_end(key)
             return known
         task = self._judging.get(key)
         if task is None or task.done():
             if self._closed:
                 raise _closing()
-            if len(self._judging) >= MAX_WAITING:
+            if len(self._judging) >= MAX_WAITING or self._waiting[tenant] >= MAX_OF_ONE:
                 raise QueueFull("too many grammars wait to be compiled; try again later", retry_after=1)
-            task = self._judging[key] = asyncio.create_task(self._judge(key, grammar))
-            task.add_done_callback(lambda task: self._judging.get(key) is task and self._judging.pop(key))
+            task = self._judging[key] = asyncio.create_task(self._judge(key, grammar, tenant))
+            self._waiting[tenant] += 1
+            task.add_done_callback(lambda task: self._judged(key, tenant, task))
         self._wanted[key] = self._wanted.get(key, 0) + 1
         try:
             return await asyncio.shield(task)
@@ -121,16 +138,23 @@ class GrammarCompiler:
             if not self._wanted[key]:
                 del self._wanted[key]
 
-    async def _judge(self, key: bytes, grammar: Grammar) -> Verdict:
+    def _judged(self, key: bytes, tenant: bytes, task: asyncio.Task[Verdict]) -> None:
+        if self._judging.get(key) is task:
+            del self._judging[key]
+        self._waiting[tenant] -= 1
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+
+    async def _judge(self, key: bytes, grammar: Grammar, tenant: bytes) -> Verdict:
         vocabulary = await self.vocabulary()
-        async with self._free:
+        async with self._turns.place(tenant):
             if key not in self._wanted:
                 return Verdict(refusal="nobody waits for it any more")
             worker = await self._worker(vocabulary)
             verdict = await worker.judge(grammar)
             if worker.alive:
                 self._workers.append(worker)
-        self._remember(key, verdict)
+        self._remember(key, verdict, time.monotonic() + OVERDUE_SECONDS if worker.overdue else math.inf)
         return verdict
 
     async def _worker(self, vocabulary: Vocabulary) -> _Worker:
@@ -141,11 +165,12 @@ class GrammarCompiler:
                 return worker
         return await _Worker.start(vocabulary, self._seconds)
 
-    def _remember(self, key: bytes, verdict: Verdict) -> None:
-        self._verdicts[key] = verdict
-        self._cached_bytes += _size(verdict)
+    def _remember(self, key: bytes, verdict: Verdict, until: float) -> None:
+        old = self._verdicts.pop(key, None)
+        self._cached_bytes += _size(verdict) - (0 if old is None else _size(old[0]))
+        self._verdicts[key] = verdict, until
         while self._cached_bytes > self._cache_bytes:
-            self._cached_bytes -= _size(self._verdicts.popitem(last=False)[1])
+            self._cached_bytes -= _size(self._verdicts.popitem(last=False)[1][0])
 
 
 class _Worker:
@@ -154,6 +179,8 @@ class _Worker:
     def __init__(self, process: asyncio.subprocess.Process, seconds: float) -> None:
         self._process = process
         self._seconds = seconds
+        self.overdue = False
+        """Whether it was ended because the clock ran out, not its processor time."""
 
     @property
     def alive(self) -> bool:
@@ -179,6 +206,7 @@ class _Worker:
                 size = int.from_bytes(await self._process.stdout.readexactly(4), "little")
                 return _VERDICT.decode(await self._process.stdout.readexactly(size))
         except TimeoutError:
+            self.overdue = True
             await self.kill()
             return self._too_slow()
         except (ConnectionError, asyncio.IncompleteReadError):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenspeed.request import Grammar
-from tokenspeed.text.parsers.reasoning import CLOSE, OPEN
 
 Format = dict[str, Any]
 
@@ -83,9 +82,10 @@ def as_format(grammar: Grammar) -> Format:
     format = _asked(grammar)
     if grammar.thinking == "none":
         return format
-    thought = sequence(until(CLOSE), regex("[\\r\\n]*"))
+    opening, closing = grammar.marks
+    thought = sequence(until(closing), regex("[\\r\\n]*"))
     if grammar.thinking == "allowed":
-        thought = optional(sequence(regex(f"[\\r\\n]*{OPEN}"), thought))
+        thought = optional(sequence(regex("[\\r\\n]*"), text(opening), thought))
     return sequence(thought, format)
 
 

@@ -8,8 +8,7 @@ from functools import cached_property
 import msgspec
 import numpy as np
 
-from tokenspeed.text.parsers.choose import TOOL_PARSERS
-from tokenspeed.text.parsers.reasoning import MARKERS
+from tokenspeed.text.parsers.choose import REASONING_PARSERS, TOOL_PARSERS
 from tokenspeed.text.tokenizer import Tokenizer
 
 
@@ -52,5 +51,6 @@ class Vocabulary(msgspec.Struct, frozen=True, dict=True):
 
 def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The special tokens that formats of reasoning and tool calls are written with."""
-    texts = {*MARKERS, *(text for parser in TOOL_PARSERS.values() for text in parser.markers)}
+    texts = {text for thinking in REASONING_PARSERS.values() for text in thinking.marks}
+    texts.update(text for parser in TOOL_PARSERS.values() for text in parser.markers)
     return tokenizer.special_ids & {tokenizer.control[text] for text in texts if text in tokenizer.control}

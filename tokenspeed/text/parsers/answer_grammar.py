@@ -14,14 +14,15 @@ from tokenspeed.request import Grammar
 from tokenspeed.text.grammars.formats import Format, as_format, either
 from tokenspeed.text.parsers.call_grammars import CALL_FORMATS, Callable, CallFormat
 from tokenspeed.text.parsers.choose import REASONING_PARSERS, AnswerFormat
-from tokenspeed.text.parsers.reasoning import opened_by
+from tokenspeed.text.parsers.reasoning import MARKERS, opened_by
 
 
 @dataclass(frozen=True, slots=True)
 class Calls:
     """The tools that may be called, with their schemas; those that are `strict`; and those of which one must be called.
 
-    Without `parallel` there is one call at most, and so there is of a function that is `named`.
+    Without `parallel` there is one call at most, and so there is of a function that is `named`. `limited`: the model
+    sees others besides, which must not be called.
     """
 
     schemas: Mapping[str, Mapping[str, Any]]
@@ -29,6 +30,7 @@ class Calls:
     demanded: bool
     named: str | None
     parallel: bool
+    limited: bool = False
 
 
 def answer_grammar(
@@ -39,8 +41,9 @@ def answer_grammar(
     Raises `InvalidRequest` for what cannot be joined.
     """
     thinking = _thinking(answers, prompt_end)
+    marks = MARKERS if answers.reasoning is None else REASONING_PARSERS[answers.reasoning].marks
     if calls is None or answers.tools is None:
-        return None if asked is None else structs.replace(asked, thinking=thinking)
+        return None if asked is None else structs.replace(asked, thinking=thinking, marks=marks)
     written = CALL_FORMATS[answers.tools]
     if calls.demanded:
         if asked is not None:
@@ -48,21 +51,23 @@ def answer_grammar(
         format = _demanded(written, calls)
     elif asked is not None:
         format = either([_calls(written, calls), _format(asked)])
-    elif calls.strict:
+    elif calls.strict or calls.limited:
         format = written.free(_tools(calls), parallel=calls.parallel)
     else:
         return None
     text = json.dumps(format, ensure_ascii=False)
-    return Grammar("structural_tag", text, "tools" if asked is None else asked.field, thinking=thinking)
+    field = "tools" if asked is None else asked.field
+    return Grammar("structural_tag", text, field, thinking=thinking, marks=marks)
 
 
 def _thinking(answers: AnswerFormat, prompt_end: str) -> Literal["none", "opened", "allowed"]:
     """What thinking may come before the answer, as `ReasoningParser` reads it."""
     if answers.reasoning is None:
         return "none"
-    opened = opened_by(prompt_end)
+    family = REASONING_PARSERS[answers.reasoning]
+    opened = opened_by(prompt_end, family.marks)
     if opened is None:
-        return "opened" if REASONING_PARSERS[answers.reasoning].assumed else "allowed"
+        return "opened" if family.assumed else "allowed"
     return "opened" if opened else "none"
 
 

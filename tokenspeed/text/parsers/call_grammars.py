@@ -26,9 +26,13 @@ from tokenspeed.text.grammars.formats import (
     whole,
 )
 from tokenspeed.text.parsers.llama3_json import PYTHON_TAG
+from tokenspeed.text.parsers.mistral import ARGS, CALL_ID, CALLS, ID_CHARS
 from tokenspeed.text.parsers.pythonic import TOKENS
 from tokenspeed.text.parsers.schema_types import properties, types
 from tokenspeed.text.parsers.sectioned import DEEPSEEK, KIMI_K2
+
+_LINE_END = optional(text("\n"))
+_MISTRAL_ID = formats.regex(f"[a-zA-Z0-9]{{{ID_CHARS}}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +148,59 @@ class Qwen3Coder(CallFormat):
 
     @staticmethod
     def _parameter(tool: Callable, name: str, schema: Any) -> Format:
-        """One value: bare text where it may be a string, as the parser reads it, JSON otherwise."""
-        begin, end = f"<parameter={name}>\n", "\n</parameter>\n"
-        values = _values(schema)
-        if values:
-            return tag(begin, either([text(value) for value in values]), end)
-        kinds = types(schema)
-        if kinds == {"string"} and isinstance(schema.get("pattern"), str):
-            return tag(begin, formats.regex(whole(schema["pattern"])), end)
-        if not kinds or "string" in kinds:
-            return tag(begin, {"type": "any_text"}, end)
-        return tag(begin, tool.value(name), end)
+        return tag(f"<parameter={name}>\n", _bare(tool, name, schema), "\n</parameter>\n")
 
     def triggers(self, tools: Sequence[Callable]) -> list[str]:
         return ["<tool_call>"]
+
+
+class Glm45(CallFormat):
+    """Tags around bare values, with line ends between in GLM 4.5 and without in later ones."""
+
+    def call(self, tool: Callable) -> tuple[str, Format, str]:
+        arguments = [
+            (optional if name not in tool.required else _as_it_is)(self._argument(tool, name, schema))
+            for name, schema in tool.properties.items()
+        ]
+        return f"<tool_call>{tool.name}", sequence(_LINE_END, *arguments), "</tool_call>"
+
+    @staticmethod
+    def _argument(tool: Callable, name: str, schema: Any) -> Format:
+        value = tag("<arg_value>", _bare(tool, name, schema), "</arg_value>")
+        return sequence(text(f"<arg_key>{name}</arg_key>"), _LINE_END, value, _LINE_END)
+
+    def triggers(self, tools: Sequence[Callable]) -> list[str]:
+        return ["<tool_call>"]
+
+    def _run(self, tools: Sequence[Callable], most: int) -> Format:
+        call = either([tag(*self.call(tool)) for tool in tools])
+        return call if most == 1 else sequence(call, some(sequence(_LINE_END, call), least=0))
+
+
+class Mistral(CallFormat):
+    """A token before each call, one between name and arguments, and the id that some versions give."""
+
+    def call(self, tool: Callable) -> tuple[str, Format, str]:
+        id = optional(sequence(text(CALL_ID), _MISTRAL_ID))
+        return f"{CALLS}{tool.name}", sequence(id, text(ARGS), tool.arguments()), ""
+
+    def triggers(self, tools: Sequence[Callable]) -> list[str]:
+        return [CALLS]
+
+
+class MistralV3(CallFormat):
+    """A token before a list of objects."""
+
+    opening, closing = CALLS, "]"
+
+    def call(self, tool: Callable) -> tuple[str, Format, str]:
+        id = optional(sequence(text(', "id": "'), _MISTRAL_ID, text('"')))
+        return f'{{"name": {_quoted(tool.name)}, "arguments": ', sequence(tool.arguments(), id), "}"
+
+    def _run(self, tools: Sequence[Callable], most: int) -> Format:
+        calls = [tag(*self.call(tool)) for tool in tools]
+        run = either(calls) if most == 1 else separated(calls, ", ")
+        return sequence(optional(text(" ")), text("["), run)
 
 
 class KimiK2(CallFormat):
@@ -238,9 +281,12 @@ class Pythonic(CallFormat):
 CALL_FORMATS: Mapping[str, CallFormat] = {
     "deepseek_v3": DeepSeekV3(),
     "deepseek_v31": DeepSeekV31(),
+    "glm45": Glm45(),
     "hermes": Hermes(),
     "kimi_k2": KimiK2(),
     "llama3_json": Llama3Json(),
+    "mistral": Mistral(),
+    "mistral_v3": MistralV3(),
     "pythonic": Pythonic(),
     "qwen3_coder": Qwen3Coder(),
 }
@@ -249,6 +295,19 @@ CALL_FORMATS: Mapping[str, CallFormat] = {
 
 def _quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
+
+
+def _bare(tool: Callable, name: str, schema: Any) -> Format:
+    """One value: bare text where it may be a string, as the parsers read it, JSON otherwise."""
+    values = _values(schema)
+    if values:
+        return either([text(value) for value in values])
+    kinds = types(schema)
+    if kinds == {"string"} and isinstance(schema.get("pattern"), str):
+        return formats.regex(whole(schema["pattern"]))
+    if not kinds or "string" in kinds:
+        return {"type": "any_text"}
+    return tool.value(name)
 
 
 def _keywords(tool: Callable) -> Format:

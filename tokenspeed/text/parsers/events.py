@@ -39,3 +39,4 @@ class CallEnded(msgspec.Struct, frozen=True):
 
 
 Event = Content | Reasoning | CallBegun | CallArguments | CallEnded
+TextEvent = Content | Reasoning | CallArguments

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 
-from tokenspeed.text.parsers.source import Emit, Reading, Source
+from tokenspeed.text.parsers.source import Emit, Plain, Reading, Source
 
 WORDS = {"True": "true", "False": "false", "None": "null"}
 CLOSING = {"{": "}", "[": "]", "(": ")"}
@@ -21,6 +21,8 @@ LEADING_ZERO = re.compile(r"[+-]?0[\d_]")
 HEX = {"u": 4, "x": 2, "U": 8}
 
 PLAIN = re.compile(r"[^\"'\\\x00-\x1f]+")
+IN_STRING = Plain('"\\' + "".join(map(chr, range(32))), escapes=True)
+"""What stands in a string in double quotes as it would in JSON."""
 BETWEEN = re.compile(r"[\s:]+")
 WORD = re.compile(r"[\w.+-]+")
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
@@ -101,9 +103,12 @@ def string(source: Source, emit: Emit) -> Reading[bool]:
     source.skip()
     triple = (yield from source.one_of(quote * 2)) is not None
     emit('"')
+    passing = (IN_STRING, emit) if quote == '"' and not triple else None
     while True:
         if plain := source.run(PLAIN):
             emit(plain)
+        while source.waits:
+            yield passing
         head = yield from source.peek()
         if not head:
             return False

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Set
-from typing import NoReturn
 
-from tokenspeed.text.parsers.literals import as_json
-from tokenspeed.text.parsers.schema_types import fits, properties, types
+from tokenspeed.text.parsers.bare_values import TEXT, typed
+from tokenspeed.text.parsers.schema_types import properties, types
 from tokenspeed.text.parsers.source import Emit, Markers, Reading
 from tokenspeed.text.parsers.tool_parser import MAX_NAME, ToolParser
 
@@ -21,7 +20,6 @@ FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 NAME = re.compile(r"[^<>\n]+")
-TEXT = frozenset({"string"})
 
 # A call without <tool_call>, which the model forgets at times, must name one of the request's tools.
 BEGIN = Markers("\n" + CALL, CALL, "\n" + FUNCTION, FUNCTION)
@@ -90,13 +88,13 @@ class Qwen3CoderParser(ToolParser):
         yield from self.source.one_of("\n")
         if kinds == TEXT:
             self.argue('"')
-            complete = yield from self._text(lambda text: self.argue(_escaped(text)), missing)
+            complete = yield from self._text(self.argue_quoted, missing)
             self.argue('"' if complete else "")
             return complete
         parts: list[str] = []
         complete = yield from self._text(parts.append, missing)
         text = "".join(parts)
-        self.argue(_typed(text, kinds) if complete else text)
+        self.argue(typed(text, kinds) if complete else text)
         return complete
 
     def _text(self, emit: Emit, missing: Set[str]) -> Reading[bool]:
@@ -130,24 +128,3 @@ class Qwen3CoderParser(ToolParser):
         if not (yield from source.peek()):
             return True
         return after is not None and (yield from source.one_of(CALL)) is not None
-
-
-def _escaped(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _typed(text: str, kinds: frozenset[str]) -> str:
-    """JSON of the value that `text` is: of one of the types if it can be read so, else a string."""
-    found = as_json(text)
-    if found is not None:
-        try:
-            value = json.loads(found, parse_constant=_no_number)
-        except (ValueError, RecursionError):
-            found = None
-        else:
-            found = found if "string" not in kinds or fits(value, kinds - TEXT) else None
-    return json.dumps(text, ensure_ascii=False) if found is None else found
-
-
-def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON")

@@ -1,4 +1,4 @@
-"""The thinking before an answer: <think>…</think>, where the prompt may already have opened or closed it."""
+"""The thinking before an answer: <think>…</think>, or between other marks. The prompt may have opened or closed it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ MARKERS = (OPEN, CLOSE)
 class Thinking:
     """How a family of models thinks.
 
-    `assumed`: the answer begins inside unless the prompt says otherwise. `ends`: with what a call begins, which ends
-    a thinking that the model forgot to close; if `confirmed_by` is not empty, only where one of those follows, for a
-    model may well think about the tag.
+    `marks` open and close it. `assumed`: the answer begins inside unless the prompt says otherwise. `ends`: with what a
+    call begins, which ends a thinking that the model forgot to close; if `confirmed_by` is not empty, only where one of
+    those follows, for a model may well think about the tag.
     """
 
     assumed: bool = False
     ends: tuple[str, ...] = ()
     confirmed_by: tuple[str, ...] = ()
+    marks: tuple[str, str] = MARKERS
 
 
 class ReasoningParser(Parser):
-    """Everything up to </think> is reasoning, all after it content. With `calls` a call ends it as well.
+    """Everything up to the closing mark is reasoning, all after it content. With `calls` a call ends it as well.
 
     `prompt_end` is what the template wrote after the last message. Line ends after a tag and one before the closing
     tag belong to the tags: templates write them, and take them away from what is rendered again.
@@ -36,20 +37,22 @@ class ReasoningParser(Parser):
     def __init__(self, thinking: Thinking, prompt_end: str, *, calls: bool) -> None:
         self.passing = False
         """From now on all is content: nobody need ask any more."""
-        opened = opened_by(prompt_end)
+        opened = opened_by(prompt_end, thinking.marks)
         self._inside = thinking.assumed if opened is None else opened
-        self._endings = _endings(thinking.ends if calls else ())
+        self._marks = thinking.marks
+        self._endings = _endings(thinking.marks[1], thinking.ends if calls else ())
         self._confirmed_by = thinking.confirmed_by
         super().__init__()
 
     def _read(self) -> Reading[None]:
         source = self.source
         before = yield from source.space()
-        tag = yield from source.one_of(OPEN, CLOSE)
-        if tag == OPEN or (tag is None and self._inside):
+        opening, closing = self._marks
+        tag = yield from source.one_of(opening, closing)
+        if tag == opening or (tag is None and self._inside):
             yield from source.space(LINE_ENDS)
             yield from self._think()
-        elif tag == CLOSE:
+        elif tag == closing:
             yield from source.space(LINE_ENDS)
         elif before:
             self.content(before)
@@ -60,7 +63,7 @@ class ReasoningParser(Parser):
         """The thinking up to the text behind its closing tag, or up to a call."""
         source = self.source
         while (end := (yield from source.until(self._endings, self.reasoning))) is not None:
-            if end.endswith(CLOSE):
+            if end.endswith(self._marks[1]):
                 yield from source.space(LINE_ENDS)
                 return
             source.unread(end)
@@ -76,11 +79,11 @@ class ReasoningParser(Parser):
 
 
 @lru_cache(maxsize=16)
-def _endings(ends: tuple[str, ...]) -> Markers:
-    return Markers(*[before + text for before in ("\n", "") for text in (CLOSE, *ends)])
+def _endings(close: str, ends: tuple[str, ...]) -> Markers:
+    return Markers(*[before + text for before in ("\n", "") for text in (close, *ends)])
 
 
-def opened_by(prompt_end: str) -> bool | None:
+def opened_by(prompt_end: str, marks: tuple[str, str] = MARKERS) -> bool | None:
     """What the end of a prompt, as the template wrote it, says: True inside of the thinking, False after it."""
-    opening, closing = prompt_end.rfind(OPEN), prompt_end.rfind(CLOSE)
+    opening, closing = map(prompt_end.rfind, marks)
     return None if opening == closing else opening > closing

@@ -10,14 +10,34 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Self, TypeVar
 
 T = TypeVar("T")
 
-Reading = Generator[None, None, T]
-"""A reader in progress: yields to wait for text, returns what it found."""
-
 Emit = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Text without any of the characters `but`. With `escapes` those of complete escapes of JSON do not count."""
+
+    but: str = ""
+    escapes: bool = False
+
+    def allows(self, text: str) -> bool:
+        """Whether all of `text` is so plain."""
+        return set(self.but).isdisjoint(well_escaped(text) if self.escapes else text)
+
+
+Reading = Generator[tuple[Plain, Emit] | None, None, T]
+"""A reader in progress: yields to wait for text, returns what it found.
+
+It may say of what text it would do nothing but pass it on, and to whom: such text need not be shown to it.
+"""
+
+ANYTHING = Plain()
+ESCAPE = re.compile(r'\\["\\/bfnrt]')
 
 SPACE = re.compile(r"\s*")
 LINE_ENDS = re.compile(r"[\r\n]*")
@@ -38,6 +58,7 @@ class Markers:
         self.search = re.compile("|".join(re.escape(text) for text in texts)).search
         self._begun = {text[:size] for text in texts for size in range(1, len(text))}
         self._first = {text[0] for text in texts}
+        self.plain = Plain("".join(sorted(self._first)))
         self._longest = max(len(text) for text in texts) - 1
 
     def held(self, text: str, start: int) -> int:
@@ -75,6 +96,16 @@ class Source:
         self._at = 0
 
     @property
+    def waits(self) -> bool:
+        """All that has come has been read, and more may come."""
+        return self._at == len(self._text) and not self.ended
+
+    @property
+    def marked(self) -> bool:
+        """Whether what is being read may be read again."""
+        return self._mark is not None
+
+    @property
     def exhausted(self) -> bool:
         """All has been read and no more will come."""
         return self.ended and self._at == len(self._text)
@@ -108,13 +139,13 @@ class Source:
     def peek(self) -> Reading[str]:
         """The next character, "" at the end."""
         while self._at == len(self._text) and not self.ended:
-            yield
+            yield None
         return self._text[self._at : self._at + 1]
 
     def ahead(self, count: int) -> Reading[str]:
         """The next `count` characters, fewer only at the end."""
         while len(self._text) - self._at < count and not self.ended:
-            yield
+            yield None
         return self._text[self._at : self._at + count]
 
     def skip(self, count: int = 1) -> None:
@@ -144,7 +175,7 @@ class Source:
             runs += self.run(kind)
             if self._at < len(self._text) or self.ended:
                 return runs
-            yield
+            yield None
 
     def one_of(self, *texts: str) -> Reading[str | None]:
         """Which of `texts`, none the begin of another, stands here; it is read. None if none does."""
@@ -157,7 +188,7 @@ class Source:
                     return text
             if self.ended or not any(text.startswith(rest) for text in texts):
                 return None
-            yield
+            yield None
 
     def until(self, markers: Markers, emit: Emit, limit: int = sys.maxsize) -> Reading[str | None]:
         """Pass text to `emit` up to the first marker, which is read and returned; None at the end.
@@ -182,7 +213,7 @@ class Source:
                 return found.group()
             if self.ended:
                 return None
-            yield
+            yield (markers.plain, emit) if self.waits and limit == sys.maxsize else None
 
     def rest(self, emit: Emit) -> Reading[None]:
         """Pass on everything to the end."""
@@ -192,4 +223,9 @@ class Source:
                 self._at = len(self._text)
             if self.ended:
                 return
-            yield
+            yield ANYTHING, emit
+
+
+def well_escaped(text: str) -> str:
+    """A text without those escapes of JSON that are complete in it, \\u ones aside."""
+    return ESCAPE.sub("", text)

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from tokenspeed.text.parsers.events import CallArguments, CallBegun, CallEnded, Content, Event, Reasoning
-from tokenspeed.text.parsers.source import Reading, Source
+from tokenspeed.text.parsers.events import CallArguments, CallBegun, CallEnded, Content, Event, Reasoning, TextEvent
+from tokenspeed.text.parsers.source import Emit, Plain, Reading, Source
 
 Tools = Mapping[str, Mapping[str, Any]]
 """The tools of a request: name → JSON schema of the parameters."""
 
 MAX_NAME = 256
 """Characters of a tool's name; what is longer is no name."""
+
+
+class Passage(NamedTuple):
+    """Text that is `plain` would be told as it is, at once, as more of an event of this kind (of this call).
+
+    With `quoted` it would be told as JSON has it inside of a string.
+    """
+
+    plain: Plain
+    kind: type[TextEvent]
+    call: int = 0
+    quoted: bool = False
+
+    def event(self, text: str) -> TextEvent:
+        """What is told of such a text."""
+        if self.kind is CallArguments:
+            return CallArguments(self.call, quoted(text) if self.quoted else text)
+        return Content(text) if self.kind is Content else Reasoning(text)
+
+
+def quoted(text: str) -> str:
+    """A text as JSON has it inside of a string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 class Parser(ABC):
@@ -27,6 +51,7 @@ class Parser(ABC):
         self.source = Source()
         self._events: list[Event] = []
         self._reading: Reading[None] | None = self._read()
+        self._waiting: tuple[Plain, Emit] | None = None
 
     def feed(self, text: str) -> list[Event]:
         """The events that this text completes; neighbours of one kind are one."""
@@ -39,10 +64,26 @@ class Parser(ABC):
         return self._advance()
 
     def _advance(self) -> list[Event]:
-        if self._reading is not None and next(self._reading, self) is self:
-            self._reading = None
+        if self._reading is not None:
+            waiting = next(self._reading, self)
+            if waiting is self:
+                self._reading = self._waiting = None
+            else:
+                self._waiting = waiting  # type: ignore[assignment]
         events, self._events = self._events, []
         return events
+
+    def passage(self) -> Passage | None:
+        """The text that need not be fed, because it would only be told; None if all must be."""
+        if self._waiting is None or self.source.marked:
+            return None
+        plain, emit = self._waiting
+        return self._passed_to(plain, emit)
+
+    def _passed_to(self, plain: Plain, emit: Emit) -> Passage | None:
+        if emit == self.content:
+            return Passage(plain, Content)
+        return Passage(plain, Reasoning) if emit == self.reasoning else None
 
     @abstractmethod
     def _read(self) -> Reading[None]:
@@ -92,6 +133,11 @@ class ToolParser(Parser):
             events.append(CallEnded(self._index))
         return events
 
+    def _passed_to(self, plain: Plain, emit: Emit) -> Passage | None:
+        if emit in (self.argue, self.argue_quoted):
+            return Passage(plain, CallArguments, self._index, emit == self.argue_quoted) if self._argued else None
+        return super()._passed_to(plain, emit) if self._blank is None else None
+
     def content(self, text: str) -> None:
         if self._blank is not None:
             text = self._blank + text
@@ -115,6 +161,10 @@ class ToolParser(Parser):
             self._events[-1] = CallArguments(self._index, last.fragment + fragment)
         else:
             self._events.append(CallArguments(self._index, fragment))
+
+    def argue_quoted(self, text: str) -> None:
+        """More of a string in the arguments of the call that is open."""
+        self.argue(quoted(text))
 
     def end(self) -> None:
         """The call is over. One without arguments has an empty object of them."""

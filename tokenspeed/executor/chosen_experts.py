@@ -49,5 +49,5 @@ class ChosenExperts:
         """The mean over layers, and the least and most of one; a dash for a model without experts."""
         if not self._chosen:
             return "–"
-        counts = [len(ids.unique()) for ids in self._chosen]
+        counts = [len(set(ids.tolist())) for ids in self._chosen]
         return f"{statistics.mean(counts):.1f} ({min(counts)}–{max(counts)})"

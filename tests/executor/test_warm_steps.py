@@ -1,0 +1,38 @@
+"""What an executor runs before the first real step."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenspeed.batch import BatchLimits
+from tokenspeed.executor.warm_steps import sizes, warm_steps
+
+LIMITS = [
+    BatchLimits(max_rows=rows, max_tokens=tokens, max_blocks=blocks, block_size=16)
+    for rows in (1, 2, 8)
+    for tokens in (1, 7, 48, 512, 8192)
+    for blocks in (1, 20, 1000, 8000)
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_every_warm_step_is_one_that_a_plan_may_ask_for(limits: BatchLimits) -> None:
+    for step in warm_steps(limits):
+        assert 0 < len(step.query_lens) <= limits.max_rows
+        assert 0 < sum(step.query_lens) <= limits.max_tokens
+        assert min(step.query_lens) > 0 and step.context >= 0
+        assert max(step.kv_lens) <= max(1, (limits.max_blocks - 1) * limits.block_size)
+        assert step.query_lens[: step.num_decode] == (1,) * step.num_decode
+
+
+def test_the_largest_step_comes_first_then_the_longest_context() -> None:
+    first, second, *others = warm_steps(BatchLimits(max_rows=4, max_tokens=8192, max_blocks=2000, block_size=64))
+    assert (first.query_lens, first.context) == ((8192,), 0)
+    assert second.query_lens == (8192,) and second.context == 7 * 8192 + 64
+    assert all(step.num_decode == 1 and step.context == second.context for step in others)
+
+
+def test_sizes_are_eighths_and_below_them_powers_of_two() -> None:
+    assert sizes(8192)[:11] == [8192, 7168, 6144, 5120, 4096, 3072, 2048, 1536, 1024, 768, 512]
+    assert sizes(8192)[11:] == [384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1]
+    assert sizes(3) == [3, 2, 1]

@@ -1,0 +1,87 @@
+"""Whole blocks on the CPU: the bits of their parts, alone as among others, and nothing written when a row is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenspeed.kernels.numerics.block_cases import gqa_block_arguments, mlp_block_arguments
+from tokenspeed.kernels.numerics.case import Arguments, copied
+from tokenspeed.kernels.platform import Platform
+from tokenspeed.kernels.registry import Kernel, Target, TraitValue
+from tokenspeed.kernels.selection import default
+
+CPU = torch.device("cpu")
+TARGET = Target(Platform.of(CPU), torch.float32)
+GQA: dict[str, TraitValue] = {
+    "hidden_size": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32, "block_size": 16, "interleaved": False,
+    "qkv_form": "q4_1", "out_form": "q8_0",
+}  # fmt: skip
+MLP: dict[str, TraitValue] = {
+    "hidden_size": 96, "intermediate_size": 160, "gate_up_form": "q4_1", "down_form": "q4_1"
+}  # fmt: skip
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def kernel(op: str, traits: dict[str, TraitValue]) -> Kernel:
+    return default().select(op, TARGET, traits)
+
+
+def composed(op: str, traits: dict[str, TraitValue]) -> Kernel:
+    (parts,) = (each for each in default().registry.of(op) if each.backend == "composed")
+    return parts.bind(TARGET, traits)
+
+
+def attention(generator: torch.Generator, lengths: tuple[int, ...]) -> Arguments:
+    return gqa_block_arguments(lengths, GQA, True, True, "residual", generator, torch.float32)
+
+
+def one_row(arguments: Arguments, row: int) -> Arguments:
+    x, edge, weights, eps, k, v, rows, scale = arguments
+    at = slice(row, row + 1)
+    places = rows._replace(**{name: getattr(rows, name)[at] for name in rows._fields})
+    return x[at], edge._replace(residual=edge.residual[at]), weights, eps, k.clone(), v.clone(), places, scale
+
+
+def test_an_attention_block_has_the_bits_of_its_parts(generator: torch.Generator) -> None:
+    arguments = attention(generator, (70, 1, 300))
+    ours, theirs = copied(arguments, CPU), copied(arguments, CPU)
+    got, wanted = kernel("gqa_block_decode", GQA)(*ours), composed("gqa_block_decode", GQA)(*theirs)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    stored = arguments[6].kv_slots
+    assert torch.equal(ours[4].flatten(0, 1)[stored], theirs[4].flatten(0, 1)[stored])
+
+
+def test_a_feed_forward_block_has_the_bits_of_its_parts(generator: torch.Generator) -> None:
+    arguments = mlp_block_arguments(7, MLP, True, "residual", generator, torch.float32)
+    got, wanted = kernel("mlp_block_decode", MLP)(*arguments), composed("mlp_block_decode", MLP)(*arguments)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+def test_a_row_of_a_block_has_the_same_bits_alone(generator: torch.Generator) -> None:
+    arguments = attention(generator, (70, 1, 300, 17, 5))
+    alone = [kernel("gqa_block_decode", GQA)(*one_row(arguments, row))[0] for row in range(5)]
+    assert torch.equal(torch.cat(alone), kernel("gqa_block_decode", GQA)(*copied(arguments, CPU))[0])
+
+
+def test_other_weights_and_caches_take_the_place_of_those_before(generator: torch.Generator) -> None:
+    block, fresh = kernel("gqa_block_decode", GQA), attention(generator, (9, 20))
+    block(*attention(generator, (33, 2)))
+    assert torch.equal(block(*copied(fresh, CPU))[0], kernel("gqa_block_decode", GQA)(*copied(fresh, CPU))[0])
+
+
+@pytest.mark.parametrize("field", ["positions", "kv_slots", "kv_len", "block_table"])
+def test_a_row_that_is_out_of_range_writes_nothing(field: str, generator: torch.Generator) -> None:
+    arguments = attention(generator, (70, 40, 30))
+    wrong: Tensor = getattr(arguments[6], field)
+    wrong.view(3, -1)[1, 0] = 1_000_000
+    before = arguments[4].clone(), arguments[5].clone()
+    with pytest.raises(IndexError, match="row 1"):
+        kernel("gqa_block_decode", GQA)(*arguments)
+    for cache, was in zip(arguments[4:6], before, strict=True):
+        assert torch.equal(cache.view(torch.int32), was.view(torch.int32))

@@ -1,0 +1,92 @@
+"""A model over processes gives what it gives on one rank, whatever the layout, also where groups of ranks have
+different numbers of tokens, or none."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import rank_jobs
+from tests.models.families import write
+from tests.parallel.pool import Pool, started
+from tokenspeed.parallel.mesh import Mesh
+
+LAYOUTS = {
+    "cut in two": Mesh.of(2),
+    "cut in four": Mesh.of(4),
+    "experts dealt": Mesh.of(2, moe_ep=2),
+    "experts dealt and cut": Mesh.of(4, moe_ep=2),
+    "own tokens, experts dealt": Mesh.of(2, attn_dp=2, moe_ep=2),
+    "own tokens of pairs, everything else over all": Mesh.of(4, attn_dp=2, moe_ep=4, dense_tp=4, vocab_tp=4),
+}
+BY_FAMILY = {
+    "qwen3": ["cut in two", "cut in four"],
+    "qwen3-moe": ["experts dealt", "experts dealt and cut", "own tokens, experts dealt"],
+    "deepseek-v3": list(LAYOUTS),
+}
+CASES = [(family, layout) for family, layouts in BY_FAMILY.items() for layout in layouts]
+
+NUM_GENERATED = {2: 20, 4: 8}
+"""Tokens of a sequence by the number of ranks: four processes on a small machine wait for each other for long."""
+
+PROMPTS = {"a": 7, "b": 30, "c": 3}
+"""Sequences and their lengths; "b" takes two steps, "c" begins when the others decode."""
+
+Written = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with started(4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    @functools.cache
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        write(folder, family, num_hidden_layers=2)
+        return folder
+
+    return make
+
+
+def steps(num_groups: int, generated: int) -> rank_jobs.Steps:
+    """Chunks of prompts and decode rows in one step, decode steps, and at the end steps in which one group has nothing
+    to do. With two groups "a" and "b" are in the first, "c" in the second."""
+    generator = torch.Generator().manual_seed(7)
+    a, b, c = (torch.randint(3, 250, (size,), generator=generator).tolist() for size in PROMPTS.values())
+    first = [("a", a), ("b", b[:20])]
+    mixed = [("a", []), ("b", b[20:])]
+    both, late = [("a", []), ("b", [])], [("c", c)]
+    if num_groups == 1:
+        return [[first], [mixed], [[*both, *late]], *[[[*both, ("c", [])]]] * (generated - 2)]
+    halves = [[first, []], [mixed, []], [both, late], *[[both, [("c", [])]]] * (generated - 4)]
+    return [*halves, *[[both, []]] * 2]
+
+
+@functools.cache
+def of_one_rank(folder: Path) -> dict[str, torch.Tensor]:
+    return rank_jobs.run(rank_jobs.one_rank(folder), steps(1, max(NUM_GENERATED.values())), 0)
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_any_layout_gives_the_logits_and_tokens_of_one_rank(
+    pool: Pool, written: Written, family: str, layout: str
+) -> None:
+    mesh = LAYOUTS[layout]
+    wanted = of_one_rank(written(family))
+    groups = mesh.size("attn_data")
+    given = steps(groups, NUM_GENERATED[mesh.world])
+    for rank, logits in enumerate(pool.over(mesh, rank_jobs.generated, written(family), given)):
+        group = mesh.coordinate(rank, "attn_data")
+        assert set(logits) == ({"a", "b", "c"} if groups == 1 else ({"a", "b"}, {"c"})[group])
+        for name, got in logits.items():
+            want = wanted[name][: len(got)]
+            assert (got - want).abs().max() < 1e-4 * want.abs().max(), f"rank {rank}, sequence {name}"
+            assert torch.equal(got.argmax(1), want.argmax(1)), f"rank {rank}, sequence {name}"
