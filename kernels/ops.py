@@ -64,11 +64,14 @@ __all__ = [
     "all_reduce_norm",
     "decode_inputs",
     "embedding",
+    "embedding_of",
     "form_of",
     "gqa_block_decode",
     "kv_store",
     "linear",
+    "linear_of",
     "lm_head",
+    "lm_head_of",
     "lm_head_sample",
     "mha_decode",
     "mha_prefill",
@@ -81,6 +84,9 @@ __all__ = [
     "moe_route",
     "num_bytes",
     "num_rows",
+    "packed_embedding",
+    "packed_linear",
+    "packed_lm_head",
     "quantise",
     "rms_norm",
     "rotary",
@@ -91,12 +97,12 @@ __all__ = [
 
 class Linear(Protocol):
     def __call__(self, x: Tensor, weight: Matrix, bias: Tensor | None = None, /) -> Tensor:
-        """x [T,K], weight [N,K] of the form asked for, bias [N] → x · weightᵀ + bias [T,N], summed in float32."""
+        """x [T,K], weight [N,K], bias [N] → x · weightᵀ + bias, summed in float32; the weight is of the form chosen."""
 
 
 class LmHead(Protocol):
     def __call__(self, x: Tensor, weight: Matrix, /) -> Tensor:
-        """x [S,H], weight [V,H] of the form asked for → logits x · weightᵀ [S,V] in float32: sums that were never rounded to the type of x.
+        """x [S,H], weight [V,H] → logits x · weightᵀ [S,V] in float32: sums that were never rounded to the type of x.
 
         Among bfloat16 logits of 20 lie 0.125 apart: two tokens become equal that are not.
         """
@@ -263,7 +269,7 @@ class MoeExperts(Protocol):
 
 class Embedding(Protocol):
     def __call__(self, ids: Tensor, table: Matrix, /) -> Tensor:
-        """ids [T], table [V,H] of the form asked for → table[ids] [T,H]."""
+        """ids [T], table [V,H] → table[ids] [T,H]."""
 
 
 class DecodeInputsOp(Protocol):
@@ -363,14 +369,34 @@ class LmHeadSample(Protocol):
         """x [S,H], weight [V,H] → tokens [S] int32: the last norm (the edge), logits in float32, then `Sample`."""
 
 
-def linear(target: Target, form: str = ROWS) -> Linear:
-    """Matrix product with a weight [out, in] that lies in this form."""
-    return select("linear", target) if form == ROWS else select("packed_linear", target, matrix_form=form)
+def linear(target: Target) -> Linear:
+    """Matrix product with a weight stored as [out, in]."""
+    return select("linear", target)
 
 
-def lm_head(target: Target, form: str = ROWS) -> LmHead:
-    """Logits of hidden states, from a weight that lies in this form."""
-    return select("lm_head", target) if form == ROWS else select("packed_lm_head", target, matrix_form=form)
+def packed_linear(target: Target, *, matrix_form: str) -> Linear:
+    """Matrix product with a packed weight."""
+    return select("packed_linear", target, matrix_form=matrix_form)
+
+
+def linear_of(target: Target, weight: Matrix) -> Linear:
+    """The product with weights of this one's form."""
+    return packed_linear(target, matrix_form=weight.form) if isinstance(weight, Packed) else linear(target)
+
+
+def lm_head(target: Target) -> LmHead:
+    """Logits of hidden states."""
+    return select("lm_head", target)
+
+
+def packed_lm_head(target: Target, *, matrix_form: str) -> LmHead:
+    """Logits of hidden states from a packed weight."""
+    return select("packed_lm_head", target, matrix_form=matrix_form)
+
+
+def lm_head_of(target: Target, weight: Matrix) -> LmHead:
+    """Logits from weights of this one's form."""
+    return packed_lm_head(target, matrix_form=weight.form) if isinstance(weight, Packed) else lm_head(target)
 
 
 def rms_norm(target: Target) -> RmsNorm:
@@ -489,9 +515,19 @@ def moe_experts(
     )
 
 
-def embedding(target: Target, form: str = ROWS) -> Embedding:
-    """Rows of a table that lies in this form."""
-    return select("embedding", target) if form == ROWS else select("packed_embedding", target, matrix_form=form)
+def embedding(target: Target) -> Embedding:
+    """Rows of a table."""
+    return select("embedding", target)
+
+
+def packed_embedding(target: Target, *, matrix_form: str) -> Embedding:
+    """Rows of a packed table."""
+    return select("packed_embedding", target, matrix_form=matrix_form)
+
+
+def embedding_of(target: Target, table: Matrix) -> Embedding:
+    """Rows of tables of this one's form."""
+    return packed_embedding(target, matrix_form=table.form) if isinstance(table, Packed) else embedding(target)
 
 
 def decode_inputs(target: Target) -> DecodeInputsOp:

@@ -127,7 +127,7 @@ if wanted ranks; then
         "$python" -m tokenspeed.bench serve --url http://127.0.0.1:8399 --concurrency 1,8,32 --input-len 1024 --output-len 256
         kill "$server" && wait "$server"
     }
-    for layout in "--world 1" "--world 2" "--world 2 --moe-ep-size 2"; do
+    for layout in "--world 1" "--world 2" "--world 2 --moe-ep-size 2" "--world 2 --attn-copies 2"; do
         # shellcheck disable=SC2086 # a layout is several words
         ranks decode --model "$folder/v2l-config" $layout --batch 1 8 32 --context 1024 --links "$folder/links.json"
         # shellcheck disable=SC2086

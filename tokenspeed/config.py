@@ -30,6 +30,7 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     world: int = 1
     attn_tp: int | None = None
     attn_dp: int | None = None
+    attn_copies: int | None = None
     dense_tp: int | None = None
     moe_tp: int | None = None
     moe_ep: int | None = None

@@ -29,7 +29,8 @@ bool supports(Isa isa) {
             return true;
 #if defined(__x86_64__)
         case Isa::avx2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                   __builtin_cpu_supports("bmi2");
         case Isa::avx512:
             return supports(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -232,9 +233,11 @@ void linear_many(const Kernels& kernels, const Linear& a, int threads) {
     parallel_ranges(a.tokens, a.columns, threads,
                     [&](int64_t begin, int64_t end) { kernels.linear_many_widen(a, begin, end, widened); });
     // 30 µs, as a rule one strip.
-    product_tasks(a, block, kernels.linear_strip, 1 << 20, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int worker) {
-        kernels.linear_many_rows(a, widened, begin, end, first, last, widened + widened_size + worker * each);
-    });
+    product_tasks(a, block, kernels.linear_strip, 1 << 20, threads,
+                  [&](int64_t begin, int64_t end, int64_t first, int64_t last, int worker) {
+                      float* memory = widened + widened_size + worker * each;
+                      kernels.linear_many_rows(a, widened, begin, end, first, last, memory);
+                  });
 }
 
 void panels_few(const Kernels& kernels, const Linear& a, int threads) {
@@ -250,15 +253,18 @@ void panels_few(const Kernels& kernels, const Linear& a, int threads) {
 
 void panels_many(const Kernels& kernels, const Linear& a, int threads) {
     const int64_t block = block_tokens(a.tokens), strip = kernels.linear_strip / PANEL_ROWS;
-    const int64_t widened_size = round_up(a.tokens * a.packed_stride()), each = round_up(kernels.linear_many_scratch(block));
+    const int64_t widened_size = round_up(a.tokens * a.packed_stride());
+    const int64_t each = round_up(kernels.linear_many_scratch(block));
     float* widened = scratch(widened_size + each * threads);
     parallel_ranges(a.tokens, a.columns, threads,
                     [&](int64_t begin, int64_t end) { kernels.panels_widen(a, begin, end, widened); });
     Linear panels = a;
     panels.rows = a.panels(), panels.columns = a.columns * PANEL_ROWS;
-    product_tasks(panels, block, strip, 1 << 20, threads, [&](int64_t begin, int64_t end, int64_t first, int64_t last, int worker) {
-        kernels.forms[static_cast<int>(a.form)].many(a, widened, begin, end, first, last, widened + widened_size + worker * each);
-    });
+    product_tasks(panels, block, strip, 1 << 20, threads,
+                  [&](int64_t begin, int64_t end, int64_t first, int64_t last, int worker) {
+                      float* memory = widened + widened_size + worker * each;
+                      kernels.forms[static_cast<int>(a.form)].many(a, widened, begin, end, first, last, memory);
+                  });
 }
 
 }  // namespace
@@ -269,7 +275,8 @@ void linear(const Kernels& kernels, const Linear& a, int threads) {
     const bool small = a.tokens * a.rows * a.columns < 1 << 15;
     threads = small || threads < 1 ? 1 : (threads < MAX_THREADS ? threads : MAX_THREADS);
     const bool packed = a.form != Form::rows;
-    if (a.tokens <= (packed ? PANELS_FEW : LINEAR_FEW)) return packed ? panels_few(kernels, a, threads) : linear_few(kernels, a, threads);
+    if (packed && a.tokens <= PANELS_FEW) return panels_few(kernels, a, threads);
+    if (!packed && a.tokens <= LINEAR_FEW) return linear_few(kernels, a, threads);
     // Widened tokens stay below 16 MiB.
     const int64_t most = LINEAR_BLOCK + (int64_t{1} << 22) / (a.columns < 1 ? 1 : a.columns);
     const int64_t item = kernels.item_size, out_item = a.float_out ? static_cast<int64_t>(sizeof(float)) : item;

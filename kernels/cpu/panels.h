@@ -118,7 +118,8 @@ using Parts = typename CountLanes<F::PARTS>::type;
 // sums[r][n] += the elements of part P of row vector r · token n; `x` is at the part's first element. Inlined whatever the
 // compiler thinks of the size: called, it would keep its sums in memory.
 template <int P, int R, int N, class F>
-[[gnu::always_inline]] inline void part_products(F (&views)[R], const float* x, int64_t x_stride, Floats (&sums)[R][N]) {
+[[gnu::always_inline]] inline void part_products(F (&views)[R], const float* x, int64_t x_stride,
+                                                 Floats (&sums)[R][N]) {
     for (int r = 0; r < R; ++r) views[r].template turn<P>();
 #pragma GCC unroll 8
     for (int w = 0; w < GROUP / F::PARTS; ++w) {
@@ -185,7 +186,8 @@ void panels_few(const Linear& a, const float* x, int64_t first, int64_t last) {
     const auto all = [&](auto tokens) {
         constexpr int N = decltype(tokens)::value;
         // Eight sums in flight hide the latency of a product, if there are registers for them.
-        constexpr int S = PANEL_VECTORS * N > (F::PARTS == 8 ? 2 : 4) ? 1 : F::PARTS <= 2 && PANEL_VECTORS * N <= 2 ? 4 : 2;
+        constexpr int VECTORS = PANEL_VECTORS * N;
+        constexpr int S = VECTORS > (F::PARTS == 8 ? 2 : 4) ? 1 : F::PARTS <= 2 && VECTORS <= 2 ? 4 : 2;
         int64_t panel = first;
         for (; panel + S <= last; panel += S) few_of_panels<F, S, N, T>(a, x, panel);
         for (; panel < last; ++panel) few_of_panels<F, 1, N, T>(a, x, panel);
@@ -224,7 +226,8 @@ constexpr int PANELS_OF_STRIP = STRIP / PANEL_ROWS;
 
 // Panels [first, last) against the tokens [begin, end) of `x` [tokens, packed_stride()].
 template <class F, class T>
-void panels_many(const Linear& a, const float* x, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch) {
+void panels_many(const Linear& a, const float* x, int64_t begin, int64_t end, int64_t first, int64_t last,
+                 float* scratch) {
     const int tokens = static_cast<int>(end - begin);
     const int64_t groups = a.groups(), stride = a.packed_stride();
     float* strip = scratch;

@@ -131,6 +131,18 @@ def test_two_ranks_answer_like_one(case: Case, tmp_path: Path, monkeypatch: pyte
     assert again.difference is None and again.calls > 100
 
 
+def test_ranks_that_attend_alike_answer_like_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they say is compared in every step, by `TOKENSPEED_DEBUG`."""
+    monkeypatch.setenv("TOKENSPEED_DEBUG", "1")
+    copied = Parallel(world=2, attn_copies=2, moe_ep=case.config.parallel.moe_ep)
+
+    async def run() -> list[list[int]]:
+        async with AsyncEngine(changed(case.config, parallel=copied), in_process=True) as engine:
+            return list(await asyncio.gather(*(tokens(engine, prompt) for prompt in PROMPTS)))
+
+    assert asyncio.run(run()) == case.expected
+
+
 def rank_block_bytes(config: EngineConfig) -> int:
     """Of one rank's share of a KV block in float32: latents are every rank's own, heads are cut."""
     latent = "deepseek" in str(config.model)

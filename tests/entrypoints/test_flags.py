@@ -48,6 +48,7 @@ def test_how_a_model_lies_over_ranks_is_one_value() -> None:
     config = parse("-tp", "8", "--attn-tp-size", "8", "--dense-tp-size", "4", "--moe-ep-size", "8").engine
     assert config.parallel == Parallel(world=8, attn_tp=8, dense_tp=4, moe_ep=8)
     assert parse("--tensor-parallel-size", "2", "--watchdog-seconds", "9").engine.watchdog_seconds == 9
+    assert parse("-tp", "2", "--attn-copies", "2").engine.parallel == Parallel(world=2, attn_copies=2)
     assert parse().engine.parallel == Parallel()
     launched = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
     assert parse("--moe-tp-size", "2", **launched).engine.parallel == Parallel(world=4, moe_tp=2)
@@ -116,6 +117,7 @@ def test_keys_may_come_from_the_environment() -> None:
         (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["-tp", "0"], "--tensor-parallel-size must be at least 1, got 0"),
         (["-tp", "4", "--attn-tp-size", "3"], "--attn-tp-size 3 does not divide a world of 4 ranks"),
+        (["-tp", "4", "--attn-copies", "3"], "--attn-copies 3 does not divide a world of 4 ranks"),
         (["-tp", "4", "--vocab-tp-size", "0"], "--vocab-tp-size must be at least 1"),
         (["--moe-ep-size", "2"], "--moe-ep-size 2 does not divide a world of 1 ranks"),
         (["--watchdog-seconds", "0"], "--watchdog-seconds must be a number above 0, got 0"),

@@ -1,11 +1,12 @@
-"""The ranks of an all-reduce through shared memory: processes that run the kernel in Triton's interpreter, one call
-after the other, at their own pace."""
+"""The ranks of an all-reduce through shared memory: processes that run the kernels in Triton's interpreter, one call
+after the other, at their own pace; and what a Hopper's compiler makes of words that are pushed."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -15,15 +16,25 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from tokenspeed.kernels.peers import Peers
+from tokenspeed.kernels import peers
 
 ROOT = Path(__file__).parents[2]
 RANKS, ROWS, HIDDEN = 3, 6, 32
-CALLS = ((2, False), (6, True), (1, False), (4, True), (4, True), (6, False), (1, True), (2, False), (5, False))
-"""Tokens of each call, and whether each token has an owner that sums it."""
+PUSH, ONE, TWO = "PUSH", "ONE_SHOT", "TWO_SHOTS"
+CALLS = (
+    (2, ONE), (6, PUSH), (6, TWO), (1, PUSH), (1, PUSH), (1, ONE), (4, TWO), (4, PUSH), (4, TWO), (6, PUSH), (6, ONE),
+    (1, TWO), (2, PUSH), (6, PUSH), (6, PUSH), (3, PUSH), (2, ONE), (5, PUSH), (5, ONE), *[(2, PUSH)] * 6,
+)  # fmt: skip
+"""Tokens of each call, and its form."""
+
+OLD_ROWS, LONG_CALLED = 3, -3
+"""Calls of every form that the first rows had before, modulo 2³²: their counts begin again at 0 while the ranks run."""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+triton_missing = importlib.util.find_spec("triton") is None
+
+
+@pytest.mark.skipif(triton_missing, reason="triton is not installed")
 def test_ranks_at_their_own_pace_get_every_sum_and_the_same_bits() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -33,21 +44,63 @@ def test_ranks_at_their_own_pace_get_every_sum_and_the_same_bits() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(triton_missing or os.environ.get("TRITON_INTERPRET") == "1", reason="nothing to compile with")
+@pytest.mark.parametrize(("hidden", "num_ranks"), [(2048, 2), (4096, 4)])
+def test_pushed_words_are_written_and_polled_whole_without_fences_or_atomics(hidden: int, num_ranks: int) -> None:
+    """A word's data and number must not be torn, nor its reading leave the loop that waits for it."""
+    ptx = compiled(hidden, num_ranks)
+    there, _, polled = ptx.partition("bra.uni")[0].partition("Inner Loop Header")
+    num_peers = num_ranks - 1
+    assert ptx.count("st.global.wt.v2.b64") == num_peers
+    assert there.count("ld.volatile.global.v2.b64") >= num_peers
+    assert polled.count("ld.volatile.global.v2.b64") >= num_peers
+    assert "ld.volatile.global.b" not in ptx
+    assert there.index("griddepcontrol.wait") < there.index("st.global.wt")
+    assert re.search(r"\b(atom|red|fence|membar)\.", ptx) is None
+
+
+def compiled(hidden: int, num_ranks: int) -> str:
+    """PTX of the push of bfloat16 rows by rank 1, on a Hopper."""
+    import triton  # noqa: PLC0415
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    from tokenspeed.kernels.triton.all_reduce_norm import _push_norm, push_sizes  # noqa: PLC0415
+
+    sizes = push_sizes(hidden // 2, num_ranks)
+    constants = {
+        "RANK": 1, "NUM": num_ranks, "LANES": sizes["LANES"], "ITEMS": 2, "HIDDEN": hidden, "WORDS": hidden // 2,
+        "BLOCK": sizes["BLOCK"], "HAS_RESIDUAL": True, "DEPENDENT": True,
+    }  # fmt: skip
+    tensors = dict.fromkeys(("x", "residual", "weight", "y", "residual_out"), "*bf16")
+    numbers = {"calls": "*i32", "eps": "fp32", "x_stride": "i32", "residual_stride": "i32", "rows": "i32"}
+    signature = {**tensors, "words": ("*i64",) * num_ranks, **numbers, **dict.fromkeys(constants, "constexpr")}
+    places = {name: at for at, name in enumerate(signature)}
+    aligned = [(places[name],) for name in (*tensors, "calls", "x_stride", "residual_stride")]
+    aligned += [(places["words"], rank) for rank in range(num_ranks)]
+    source = ASTSource(
+        _push_norm, signature, {(places[name],): value for name, value in constants.items()},
+        {place: [["tt.divisibility", 16]] for place in aligned},
+    )  # fmt: skip
+    options = {"num_warps": sizes["num_warps"], "launch_pdl": True}
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+
+
 def given(call: int, rank: int) -> torch.Tensor:
     return torch.randn(CALLS[call][0], HIDDEN, generator=torch.Generator().manual_seed(100 * call + rank))
 
 
-def run(rank: int, peers: Peers, results: torch.Tensor) -> None:
+def run(rank: int, own: peers.Peers, results: torch.Tensor) -> None:
     """All calls of one rank; `results` [calls, 2, ROWS, HIDDEN] gets what they give."""
     torch.set_num_threads(1)
     # Not before the process has asked for the interpreter.
-    from tokenspeed.kernels.triton.all_reduce_norm import _launched  # noqa: PLC0415
+    from tokenspeed.kernels.triton.all_reduce_norm import Form, launched  # noqa: PLC0415
 
     pace, gain = random.Random(rank), torch.ones(HIDDEN)
-    for call, (tokens, two_shots) in enumerate(CALLS):
+    for call, (tokens, form) in enumerate(CALLS):
         time.sleep(pace.choice((0.0, 0.0, 0.1)))
         residual = given(call, RANKS)
-        for at, tensor in enumerate(_launched(given(call, rank), gain, 1e-5, residual, peers, two_shots)):
+        for at, tensor in enumerate(launched(given(call, rank), gain, 1e-5, residual, own, Form[form])):
             results[call, at, :tokens] = tensor
 
 
@@ -60,13 +113,19 @@ def main() -> None:
     terms, sums = ([shared(2, ROWS, HIDDEN) for _ in range(RANKS)] for _ in range(2))
     arrived = [shared(ROWS, RANKS, dtype=torch.int32) for _ in range(RANKS)]
     summed = [shared(ROWS, dtype=torch.int32) for _ in range(RANKS)]
+    for each in (*arrived, *summed):
+        each[:OLD_ROWS] = LONG_CALLED
+    words = [shared(2, ROWS, RANKS, HIDDEN, dtype=torch.int64) for _ in range(RANKS)]
+    for each in words:
+        each[:, :OLD_ROWS] = LONG_CALLED - torch.tensor([1, 0])[:, None, None, None] << 32
     results = shared(RANKS, len(CALLS), 2, ROWS, HIDDEN)
     context = multiprocessing.get_context("fork")
     processes = []
     for rank in range(RANKS):
-        calls = torch.zeros(2, ROWS, dtype=torch.int32)
-        peers = Peers(rank, tuple(terms), tuple(sums), tuple(arrived), tuple(summed), calls)
-        processes.append(context.Process(target=run, args=(rank, peers, results[rank])))
+        calls = torch.zeros(3, ROWS, dtype=torch.int32)
+        calls[:, :OLD_ROWS] = LONG_CALLED
+        own = peers.Peers(rank, *map(tuple, (terms, sums, arrived, summed, words)), calls)
+        processes.append(context.Process(target=run, args=(rank, own, results[rank])))
     for process in processes:
         process.start()
     for process in processes:

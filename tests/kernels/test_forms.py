@@ -54,7 +54,7 @@ def test_a_weight_is_value_times_scale_plus_minimum(form: str, generator: torch.
 @pytest.mark.parametrize("form", PACKED)
 def test_a_token_has_the_same_bits_alone_in_any_batch_and_in_any_chunk(form: str, generator: torch.Generator) -> None:
     weight = packed_weight(form, 203, 1088, generator, torch.float32)
-    x, linear = torch.randn(300, 1088, generator=generator), ops.linear(TARGET, form)
+    x, linear = torch.randn(300, 1088, generator=generator), ops.packed_linear(TARGET, matrix_form=form)
     whole = linear(x, weight)
     for begin, end in ((0, 1), (1, 3), (3, 6), (6, 10), (10, 15), (15, 47), (47, 300)):
         assert torch.equal(linear(x[begin:end], weight), whole[begin:end])
@@ -64,7 +64,8 @@ def test_a_token_has_the_same_bits_alone_in_any_batch_and_in_any_chunk(form: str
 def test_a_packed_product_is_that_of_the_numbers_it_stands_for(form: str, generator: torch.Generator) -> None:
     weight = packed_weight(form, 50, 96, generator, torch.float32)
     x, plain = torch.randn(7, 96, generator=generator), pack(unpack(weight, torch.float32))
-    assert torch.equal(ops.linear(TARGET, form)(x, weight), ops.linear(TARGET, "panels")(x, plain))
+    product, of_plain = (ops.packed_linear(TARGET, matrix_form=name) for name in (form, "panels"))
+    assert torch.equal(product(x, weight), of_plain(x, plain))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 60])
@@ -75,22 +76,22 @@ def test_the_number_of_threads_changes_no_bit_of_a_packed_product(
     x, results = torch.randn(tokens, 576, generator=generator), []
     for threads in (1, 2, 3, 40, 1000):
         torch.set_num_threads(threads)
-        results.append(ops.linear(TARGET, "q4_1")(x, weight))
+        results.append(ops.packed_linear(TARGET, matrix_form="q4_1")(x, weight))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_a_matrix_of_another_form_or_shape_is_an_error(generator: torch.Generator) -> None:
     weight = packed_weight("q4_1", 20, 64, generator, torch.float32)
     with pytest.raises(ValueError, match="q4_1; expected q8_0"):
-        ops.linear(TARGET, "q8_0")(torch.ones(1, 64), weight)
+        ops.packed_linear(TARGET, matrix_form="q8_0")(torch.ones(1, 64), weight)
     with pytest.raises(ValueError, match="weight"):
-        ops.linear(TARGET, "q4_1")(torch.ones(1, 64), Packed(weight.data, "q4_1", 40, 64))
+        ops.packed_linear(TARGET, matrix_form="q4_1")(torch.ones(1, 64), Packed(weight.data, "q4_1", 40, 64))
     with pytest.raises(ValueError, match="x is"):
-        ops.linear(TARGET, "q4_1")(torch.ones(1, 32), weight)
+        ops.packed_linear(TARGET, matrix_form="q4_1")(torch.ones(1, 32), weight)
 
 
 @pytest.mark.parametrize("bad", [-1, 20])
 def test_an_id_that_a_packed_table_does_not_have_is_an_error(bad: int, generator: torch.Generator) -> None:
     table = packed_weight("q8_0", 20, 64, generator, torch.float32)
     with pytest.raises(IndexError, match="id 1"):
-        ops.embedding(TARGET, "q8_0")(torch.tensor([3, bad]), table)
+        ops.packed_embedding(TARGET, matrix_form="q8_0")(torch.tensor([3, bad]), table)

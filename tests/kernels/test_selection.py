@@ -220,8 +220,10 @@ def test_the_parts_of_a_composite_are_those_that_its_composition_chooses(op: str
         chosen.add(part)
         return print
 
-    numbers = dict.fromkeys(OPS[op], 2)
-    bind_block(op, choose)(Target(CPU, torch.float32), numbers)
+    numbers: dict[str, TraitValue] = dict.fromkeys(OPS[op], 2)
+    for form in ("rows", "q8_0"):
+        forms = {name: form for name in OPS[op] if name.endswith("_form")}
+        bind_block(op, choose)(Target(CPU, torch.float32), numbers | forms)
     assert chosen == set(PARTS[op])
 
 

@@ -21,6 +21,9 @@ MESHES = {
     "own tokens, experts and dense layers over all": Mesh.of(4, attn_dp=4, moe_ep=4, dense_tp=4),
     "each part its own way": Mesh.of(4, attn_tp=2, moe_ep=4, dense_tp=4, vocab_tp=4),
     "experts dealt and cut": Mesh.of(4, attn_tp=4, moe_ep=2, moe_tp=2, dense_tp=2),
+    "attention copied": Mesh.of(4, attn_copies=4),
+    "attention cut and copied, experts dealt": Mesh.of(4, attn_copies=2, moe_ep=4),
+    "attention copied in pairs, dense layers as they like": Mesh.of(4, attn_copies=2, attn_dp=2, dense_tp=1, moe_ep=2),
     "experts twice": Mesh.of(4, attn_tp=2, moe_ep=2, moe_tp=1, dense_tp=1, vocab_tp=1),
 }
 FAMILIES = ["deepseek-v3", "kimi-k2", "qwen2-tied-yarn", "qwen3-moe"]
@@ -85,9 +88,9 @@ def expected_times(name: str, mesh: Mesh, kv_heads: int) -> int:
     if re.search(r"norm\.weight$|(q_a|kv_a)_proj|mlp\.gate\.|block_sparse_moe\.gate\.", name):
         return mesh.world
     if re.search(r"[kv]_proj\.", name) and "kv_" not in name:
-        return size("attn_data") * max(1, size("attn") // kv_heads)
+        return size("attn_data") * size("attn_copies") * max(1, size("attn") // kv_heads)
     if "self_attn" in name:
-        return size("attn_data")
+        return size("attn_data") * size("attn_copies")
     if re.search(r"\.experts\.", name) or ("shared_experts" in name and not apart):
         return size("moe_data")
     if ".mlp." in name:

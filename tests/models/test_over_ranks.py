@@ -20,6 +20,8 @@ LAYOUTS = {
     "cut in four": Mesh.of(4),
     "experts dealt": Mesh.of(2, moe_ep=2),
     "experts dealt and cut": Mesh.of(4, moe_ep=2),
+    "attention copied": Mesh.of(2, attn_copies=2),
+    "attention copied, experts dealt": Mesh.of(2, attn_copies=2, moe_ep=2),
     "own tokens, experts dealt": Mesh.of(2, attn_dp=2, moe_ep=2),
     "own tokens of pairs, everything else over all": Mesh.of(4, attn_dp=2, moe_ep=4, dense_tp=4, vocab_tp=4),
 }
@@ -90,3 +92,9 @@ def test_any_layout_gives_the_logits_and_tokens_of_one_rank(
             want = wanted[name][: len(got)]
             assert (got - want).abs().max() < 1e-4 * want.abs().max(), f"rank {rank}, sequence {name}"
             assert torch.equal(got.argmax(1), want.argmax(1)), f"rank {rank}, sequence {name}"
+
+
+@pytest.mark.parametrize("layout", ["attention copied", "attention copied, experts dealt"])
+def test_copies_of_attention_hold_the_same_bits(pool: Pool, written: Written, layout: str) -> None:
+    one, other = pool.over(LAYOUTS[layout], rank_jobs.cached, written("deepseek-v3"), steps(1, 8))
+    assert all(map(torch.equal, one, other)) and len(one) == len(other) > 0

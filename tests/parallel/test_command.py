@@ -84,6 +84,19 @@ def test_links_and_machines_change_what_is_predicted(folder: Path, capsys: pytes
     assert fast <= step_ms() < near
 
 
+def test_a_device_that_reads_faster_is_predicted_faster(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*flags: str) -> tuple[str, float]:
+        lines = said(capsys, "explain", folder, "--world", "2", "--attn-copies", "2", "--batch", "8", *flags)
+        assert "attention attn_copies 2; dense dense 2" in lines[0]
+        return lines[2], float(lines[-1].split()[1])
+
+    (described, slow), (_, usual) = told("--bandwidth", "1e9"), told()
+    assert "memory 0.00 TB/s" in described and "12 µs a block" in described and slow > usual
+    with pytest.raises(SystemExit):
+        told("--bandwidth", "4.5")
+    assert "bytes a second" in capsys.readouterr().err
+
+
 def test_layouts_are_compared_the_fastest_first_and_those_that_cannot_be_are_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +104,7 @@ def test_layouts_are_compared_the_fastest_first_and_those_that_cannot_be_are_nam
     refused = lines.index("not possible:")
     times = [float(line[62:].split()[1]) for line in lines[2:refused]]
     assert len(times) > 8 and times == sorted(times)
+    assert any("--attn-tp-size 4 --moe-ep-size 16 --attn-copies 4 " in line for line in lines[2:refused])
     assert any("--attn-tp-size 16" in line and "num_attention_heads (8)" in line for line in lines[refused:])
 
 

@@ -53,6 +53,20 @@ def refused(root: Part, mesh: Mesh | None = None) -> str:
     return message
 
 
+def test_behind_attention_in_copies_nothing_is_sent() -> None:
+    program = steps(decoder(mlp(), moe(fan_out=64)), Mesh.of(8, attn_copies=8, moe_ep=8))
+    for layer in range(2):
+        assert between(program, f"layers.{layer}.norm1", f"layers.{layer}.mlp") == [
+            Run(f"toy.layers.{layer}.attention", "x"),
+            Norm(f"toy.layers.{layer}.norm2"),
+            Run(f"toy.layers.{layer}.mlp", "x"),
+        ]
+    assert between(program, "layers.0.mlp", "layers.1.norm1") == [AllReduceNorm("toy.layers.1.norm1", 0, 1)]
+    # Heads that are cut inside of a copy are summed inside of it.
+    pairs = steps(decoder(mlp()), Mesh.of(8, attn_copies=2))
+    assert between(pairs, "layers.0.attention", "layers.0.norm2") == [AllReduceNorm("toy.layers.0.norm2", 1, 2)]
+
+
 def test_on_one_rank_nothing_is_moved() -> None:
     assert steps(decoder(mlp()), Mesh.single()) == [
         Run("toy.embed", "x"),
@@ -192,8 +206,8 @@ def test_a_prediction_adds_up_and_grows_with_the_step() -> None:
     small, large = program(8).timing(1024), program(4096).timing(1024)
     assert small.total == small.modules + small.norms + small.transfers
     assert large.modules > small.modules and large.transfers > small.transfers
-    # 6 blocks that each read 1 MB.
-    assert small.modules == pytest.approx(6 * 1e6 / program(8).hardware.memory_bandwidth)
+    # 6 blocks that each start and read 1 MB.
+    assert small.modules == pytest.approx(6 * (12e-6 + 1e6 / program(8).hardware.memory_bandwidth))
 
 
 def test_a_norm_on_a_partial_is_refused() -> None:

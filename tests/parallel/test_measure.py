@@ -10,7 +10,7 @@ from tests.parallel import jobs
 from tests.parallel.pool import started
 from tokenspeed.errors import ConfigError
 from tokenspeed.parallel import measure
-from tokenspeed.parallel.cost import LINKS, hardware
+from tokenspeed.parallel.cost import LINKS, STREAM_BANDWIDTH, hardware
 from tokenspeed.parallel.mesh import Mesh
 from tokenspeed.parallel.steps import AllGather
 
@@ -20,10 +20,11 @@ KIB = 1024
 def test_every_collective_is_measured_at_every_size_that_it_can_have() -> None:
     sizes = (4 * KIB, 8 * KIB, 16 * KIB)
     with started(2) as pool:
-        found = pool.over(Mesh.of(2), jobs.timed, sizes)[0]
+        found = pool.over(Mesh.of(2), jobs.timed, sizes, 256 * KIB)[0]
     by_name: dict[str, list[int]] = {}
     for each in found:
         by_name.setdefault(each.what, []).append(each.size // KIB)
+    assert found[-1].what == measure.STREAM and found[-1].size == 256 * KIB and by_name.pop(measure.STREAM) == [256]
     # In float32 a row takes 8 KiB; two ranks cut no single row.
     whole = ("all-gather", "all-gather of features", "all-reduce", measure.FUSED, measure.ALONE)
     cut = ("reduce-scatter", "all-to-all")
@@ -44,7 +45,11 @@ def test_constants_for_predictions_are_the_line_through_the_smallest_and_the_lar
     assert machine.near.bandwidth == pytest.approx(1e11) and machine.near.seconds == pytest.approx(9.96e-6)
     # Messages that are too large for it are no part of what shared memory does.
     assert machine.shared is not None and machine.shared.bandwidth == pytest.approx(2e11)
-    assert machine.ranks_per_machine == 4
+    assert machine.ranks_per_machine == 4 and machine.stream_bandwidth == STREAM_BANDWIDTH
+    found.append(measure.Timing(measure.STREAM, 4_000_000_000, 0.0, 1e-3))
+    measure.write_links(file, measure.fitted(found))
+    assert hardware(str(file), 4).stream_bandwidth == pytest.approx(4e12)
+    assert hardware(str(file), 4, 2e12).stream_bandwidth == 2e12
 
 
 def test_shared_memory_that_is_no_faster_does_not_count() -> None:
@@ -68,6 +73,8 @@ def test_links_that_cannot_be_read_are_named(tmp_path: Path, content: str | None
 
 
 def test_a_table_has_a_column_a_size() -> None:
-    header, *rows = measure.table([measure.Timing("share", 4 * KIB, 8.0, 12.3e-6)])
+    header, *rows = measure.table(
+        [measure.Timing("share", 4 * KIB, 8.0, 12.3e-6), measure.Timing(measure.STREAM, 4 << 30, 0.0, 1e-3)]
+    )
     assert header.split()[-len(measure.SIZES) :] == [str(size // KIB) for size in measure.SIZES]
     assert rows == [f"{'share':<26}{12.3:>9}" + " " * 9 * (len(measure.SIZES) - 1)]

@@ -40,6 +40,9 @@ MESHES = [
     Mesh.of(8, attn_tp=8, moe_ep=2, moe_tp=2, dense_tp=2),
     Mesh.of(12, attn_tp=6, moe_ep=4, moe_tp=3, dense_tp=3),
     Mesh.of(16, attn_dp=4, moe_ep=16, dense_tp=2),
+    Mesh.of(2, attn_copies=2),
+    Mesh.of(8, attn_copies=4, moe_ep=8),
+    Mesh.of(16, attn_copies=2, attn_dp=2, moe_ep=16, dense_tp=4, vocab_tp=2),
 ]
 
 
@@ -107,6 +110,29 @@ def test_a_reduction_over_the_wrong_ranks_is_found() -> None:
     assert "is missing" in found(program(MIXED), narrow)
     wide = swapped(AllReduceNorm, lambda step: [AllReduceNorm(step.module, 0, step.stop)])
     assert "a term of" in found(program(MIXED), wide)
+
+
+COPIED = Mesh.of(8, attn_copies=2, moe_ep=8)
+
+
+def test_a_sum_over_copies_counts_twice_and_is_found() -> None:
+    over_all = swapped(AllReduceNorm, lambda step: [AllReduceNorm(step.module, 0, step.stop)], 1)
+    said = found(program(COPIED), over_all)
+    assert "rank 0, token 0 of x: a term of toy.layers.0.attention is too much" in said
+
+
+def test_a_copy_that_sees_fewer_tokens_is_found() -> None:
+    def own_half(step: AllReduceNorm) -> list[Step]:
+        return [step, Slice("x", 0, 1)]
+
+    assert "rank 0 has 4 rows of x, not 8" in found(program(COPIED), swapped(AllReduceNorm, own_half))
+
+
+def test_a_copy_that_was_left_without_another_ones_terms_is_found() -> None:
+    # Experts are spread over the copies, so what comes into the next attention is a sum over all of them.
+    narrow = swapped(AllReduceNorm, lambda step: [AllReduceNorm(step.module, step.first + 1, step.stop)], 2)
+    said = found(program(COPIED), narrow)
+    assert "toy.layers.1.norm1" in said and "a term of toy.layers.0.mlp is missing" in said
 
 
 def test_a_gather_that_is_missing_or_done_twice_is_found() -> None:

@@ -26,7 +26,7 @@ class Embedding(Module):
         self._num_ranks = ctx.mesh.size(VOCABULARY)
         self._num_rows = ops.num_rows(self.weight)
         self._first = ctx.mesh.coordinate(ctx.rank, VOCABULARY) * self._num_rows
-        self._apply_embedding = ops.embedding(ctx.target, ops.form_of(self.weight))
+        self._apply_embedding = ops.embedding_of(ctx.target, self.weight)
 
     def work(self, tokens: int) -> Work:
         """A row a token, where it is at home."""
@@ -55,7 +55,7 @@ class LMHead(Module):
             tied = self.declare_matrix(ctx, (vocab_size, hidden_size), [piece], Shard(VOCABULARY, 0))
         self.weight = tied
         self.row_bytes = vocab_size * torch.float32.itemsize
-        self._apply_lm_head = ops.lm_head(ctx.target, ops.form_of(tied))
+        self._apply_lm_head = ops.lm_head_of(ctx.target, tied)
         self._numbers, self._bytes = ops.num_rows(tied) * hidden_size, ops.num_bytes(tied)
 
     def work(self, tokens: int) -> Work:

@@ -42,7 +42,7 @@ class _Linear(Module):
         weights, biases = (_stacked(ctx, rows, kind, shared_by) for kind in ("weight", "bias"))
         self.weight = self.declare_matrix(ctx, (total, columns), weights, weight_share)
         self.bias = self.declare(ctx, (total,), biases, bias_share) if bias else None
-        self._apply_linear = ops.linear(ctx.target, ops.form_of(self.weight))
+        self._apply_linear = ops.linear_of(ctx.target, self.weight)
 
     @property
     def plain(self) -> torch.Tensor:

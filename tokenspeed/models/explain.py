@@ -18,7 +18,7 @@ from tokenspeed.models.registry import make_model
 from tokenspeed.parallel.compiler import compile_model
 from tokenspeed.parallel.cost import BOTH, KINDS, Hardware
 from tokenspeed.parallel.explain import described, explain, predictions, size
-from tokenspeed.parallel.mesh import Mesh
+from tokenspeed.parallel.mesh import ARGUMENTS, FLAGS, Mesh
 from tokenspeed.parallel.program import Program
 from tokenspeed.parallel.verify import verify
 
@@ -79,16 +79,10 @@ def compared(config: ModelConfig, world: int, question: Question) -> Iterator[st
     """Layouts of `world` ranks as a table, the fastest at the last of the batch sizes first."""
     found: list[tuple[float, str]] = []
     refused: list[str] = []
-    tensor_parallel = [size for size in range(1, world + 1) if world % size == 0]
-    choices = itertools.product(tensor_parallel, sorted({1, world}), (None, world))
-    for attn_tp, moe_ep, dense_tp in choices:
-        flags = f"--attn-tp-size {attn_tp} --moe-ep-size {moe_ep}"
-        if dense_tp not in (None, attn_tp):
-            flags += f" --dense-tp-size {dense_tp}"
-        elif dense_tp is not None:
-            continue
+    for sizes in _usual(world):
+        flags = " ".join(f"{FLAGS[axis]} {ranks}" for axis, ranks in sizes.items())
         try:
-            mesh = Mesh.of(world, attn_tp=attn_tp, moe_ep=moe_ep, dense_tp=dense_tp)
+            mesh = Mesh.of(world, **{ARGUMENTS[axis]: ranks for axis, ranks in sizes.items()})
             model = _placed(config, mesh, DTYPES[question.dtype])
         except ConfigError as error:
             refused.append(f"  {flags}: {error}")
@@ -107,6 +101,18 @@ def compared(config: ModelConfig, world: int, question: Question) -> Iterator[st
     if refused:
         yield "not possible:"
         yield from refused
+
+
+def _usual(world: int) -> Iterator[dict[str, int]]:
+    """What sizes which axis: attention cut, over own tokens or in copies where it is not cut over all; experts cut or
+    dealt; dense layers as attention or over all, which they are beside copies anyway."""
+    divisors = [ranks for ranks in range(1, world + 1) if world % ranks == 0]
+    for attn, moe_ep in itertools.product(divisors, sorted({1, world})):
+        cut = {"attn": attn, "moe_ep": moe_ep}
+        yield cut
+        if attn != world:
+            yield cut | {"dense": world}
+            yield cut | {"attn_copies": world // attn}
 
 
 def _placed(config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> CausalLM:

@@ -13,17 +13,7 @@ from tokenspeed.checkpoint.source import resolve
 from tokenspeed.errors import ConfigError
 from tokenspeed.models.explain import CONTEXT, DTYPES, PROMPT_TOKENS, Question, compared, explained
 from tokenspeed.parallel.cost import BOTH, KINDS, hardware
-from tokenspeed.parallel.mesh import FLAGS, Mesh
-
-AXES = {
-    "attn": "attn_tp",
-    "attn_data": "attn_dp",
-    "dense": "dense_tp",
-    "moe_tp": "moe_tp",
-    "moe_ep": "moe_ep",
-    "vocab": "vocab_tp",
-}
-"""Axis → the argument of `Mesh.of` that sizes it."""
+from tokenspeed.parallel.mesh import ARGUMENTS, FLAGS, Mesh
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +34,12 @@ def _lines(asked: argparse.Namespace) -> Iterator[str]:
         return
     # A folder with nothing but config.json is enough; so is a checkpoint.
     config = read_model_config(resolve(asked.model, "dummy"))
-    machine = hardware(asked.links, asked.ranks_per_machine)
+    machine = hardware(asked.links, asked.ranks_per_machine, asked.bandwidth)
     question = Question(asked.batch, asked.context, asked.prompt_tokens, asked.dtype, machine)
     if asked.command == "compare":
         yield from compared(config, asked.world, question)
         return
-    sizes = {argument: getattr(asked, argument) for argument in AXES.values()}
+    sizes = {argument: getattr(asked, argument) for argument in ARGUMENTS.values()}
     mesh = Mesh.of(asked.world, **sizes)
     yield from explained(config, mesh, question) if asked.command == "explain" else _decoded(config, mesh, asked)
 
@@ -59,7 +49,7 @@ def _decoded(config: ModelConfig, mesh: Mesh, asked: argparse.Namespace) -> Iter
     from tokenspeed.models.decode_times import decode_times  # noqa: PLC0415
     from tokenspeed.parallel.measure import started  # noqa: PLC0415
 
-    machine = hardware(asked.links, asked.ranks_per_machine)
+    machine = hardware(asked.links, asked.ranks_per_machine, asked.bandwidth)
     given = (config, DTYPES[asked.dtype], asked.batch, asked.context, machine)
     yield f"{config.architecture} over {mesh}"
     yield f"decode with {asked.context:,} tokens of context, the model's body and logits in a graph, random weights:"
@@ -78,6 +68,8 @@ def _measured(asked: argparse.Namespace) -> Iterator[str]:
     for name, link in (("near", found.near), ("shared", found.shared)):
         if link is not None:
             yield f"{name}: {link.seconds * 1e6:.1f} µs + bytes / {link.bandwidth / 1e9:.1f} GB/s"
+    if found.stream_bandwidth is not None:
+        yield f"memory: {found.stream_bandwidth / 1e9:,.0f} GB/s of a read-only stream"
     if asked.links is not None:
         measure.write_links(asked.links, found)
 
@@ -96,13 +88,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--prompt-tokens", type=_positive, default=PROMPT_TOKENS, help="of a step of prompts")
         command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
         command.add_argument("--links", default=BOTH, help=f"{', '.join(KINDS)}, or a file that `measure` wrote")
+        command.add_argument(
+            "--bandwidth", type=_rate, metavar="BYTES", help="a second of a read-only stream, if not as in --links"
+        )
         command.add_argument("--ranks-per-machine", type=_positive, default=8)
     measure = commands.add_parser("measure", help="check and time the collectives between processes of this machine")
     measure.add_argument("--world", type=_positive, default=2, help="ranks, a GPU each")
     for command in (measure, decode):
         command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     measure.add_argument("--links", type=Path, metavar="FILE", help="where to write what predictions need")
-    for axis, argument in AXES.items():
+    for axis, argument in ARGUMENTS.items():
         for command in (explain, decode):
             command.add_argument(FLAGS[axis], dest=argument, type=_positive, metavar="RANKS")
     return parser
@@ -112,6 +107,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 1e6 <= value <= 1e15:
+        raise argparse.ArgumentTypeError(f"must be bytes a second, between 1e6 and 1e15, got {text}")
     return value
 
 

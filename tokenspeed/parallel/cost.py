@@ -63,6 +63,9 @@ FAR = Link(25e-6, 45e9)
 """Between machines: 400 Gb/s a GPU at nine tenths. Assumed, not measured."""
 
 
+STREAM_BANDWIDTH = 3.15e12
+"""Bytes a second of a read-only stream on an H100."""
+
 SHARED_BYTES = 8 << 20
 """Of a message, up to which ranks of a machine reduce through memory that they share."""
 
@@ -73,15 +76,25 @@ class Hardware:
 
     `near` joins the ranks of a machine, `far` machines of `ranks_per_machine` ranks each. `shared` is memory that the
     ranks of a machine have in common, through which a sum goes that has a norm behind it; None: it goes as others do.
+    `stream_bandwidth` is what a kernel that only reads gets, `read_share` the share of it that the kernels of a step
+    get, `block` what a block takes beside that: its kernels start one after the other.
     """
 
     near: Link = LINKS["nccl"]
     shared: Link | None = None
     far: Link = FAR
     ranks_per_machine: int = 8
-    memory_bandwidth: float = 0.85 * 3.15e12  # a read-only stream on an H100; good decode steps reach 82 to 89 %
+    stream_bandwidth: float = STREAM_BANDWIDTH
+    # These two together fit what decode steps of DeepSeek-V2-Lite's shape take on one H200 (docs/parallel.md).
+    read_share: float = 0.9
+    block: float = 12e-6
     flop_rate: float = 5.3e14  # two thirds of cuBLAS's 800 TFLOP/s in bfloat16
     kernel: float = 1.45e-6  # the smallest kernel inside a CUDA graph
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes a second that the kernels of a step read."""
+        return self.read_share * self.stream_bandwidth
 
     def sent(
         self, transfer: Transfer, layout: Layout, mesh: Mesh, tokens: int, row_bytes: int, fan_out: int = 0
@@ -118,12 +131,12 @@ class Hardware:
 
     def work_seconds(self, work: Work, tokens: int, sequences: int, context: int) -> float:
         """A module's own time for `tokens` new tokens of `sequences` sequences that have `context` tokens each already.
-        The slower of memory and arithmetic."""
+        The slower of memory and arithmetic, behind the start of the kernels."""
         new = tokens / sequences
         pairs = tokens * (context + (new + 1) / 2)
         pair_flop = work.decode_pair_flop if new <= 1 else work.prompt_pair_flop
         read = work.weight_bytes + work.kv_bytes * sequences * (context + new)
-        return max(read / self.memory_bandwidth, (work.flop + pair_flop * pairs) / self.flop_rate)
+        return self.block + max(read / self.memory_bandwidth, (work.flop + pair_flop * pairs) / self.flop_rate)
 
     def _volumes(
         self, transfer: Transfer, layout: Layout, mesh: Mesh, tokens: int, row_bytes: int, fan_out: int
@@ -169,9 +182,9 @@ KINDS = {
 """What may carry the collectives, by name."""
 
 
-def hardware(links: str, ranks_per_machine: int) -> Hardware:
+def hardware(links: str, ranks_per_machine: int, stream_bandwidth: float | None = None) -> Hardware:
     """The hardware of these links: one of `KINDS`, or a file that `python -m tokenspeed.parallel measure` has written.
-    Raises `ConfigError` naming the file."""
+    `stream_bandwidth` None is what the file says, or else an H100's. Raises `ConfigError` naming the file."""
     known = KINDS.get(links)
     if known is None:
         try:
@@ -180,16 +193,23 @@ def hardware(links: str, ranks_per_machine: int) -> Hardware:
             raise ConfigError(f"--links {links}: none of {', '.join(KINDS)}, and {error.strerror or error}") from error
         except msgspec.MsgspecError as error:
             raise ConfigError(f"{links}: {error}") from error
-        known = Hardware(near=measured.near, shared=measured.shared)
-    return dataclasses.replace(known, ranks_per_machine=ranks_per_machine)
+        known = Hardware(
+            near=measured.near,
+            shared=measured.shared,
+            stream_bandwidth=measured.stream_bandwidth or STREAM_BANDWIDTH,
+        )
+    return dataclasses.replace(
+        known, ranks_per_machine=ranks_per_machine, stream_bandwidth=stream_bandwidth or known.stream_bandwidth
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `measure` finds out and `hardware` reads: as in `Hardware`."""
+    """What `measure` finds out and `hardware` reads: as in `Hardware`. `stream_bandwidth` None: nobody measured it."""
 
     near: Link
     shared: Link | None
+    stream_bandwidth: float | None = None
 
 
 def local_rows(tokens: int, layout: Layout, mesh: Mesh) -> int:

@@ -30,7 +30,7 @@ def described(hardware: Hardware, mesh: Mesh) -> str:
     if mesh.world > hardware.ranks_per_machine:
         told += f", {far.seconds * 1e6:g} µs + bytes / {far.bandwidth / 1e9:g} GB/s between machines"
     memory, arithmetic = hardware.memory_bandwidth / 1e12, hardware.flop_rate / 1e12
-    return f"{told}; memory {memory:.2f} TB/s, arithmetic {arithmetic:g} TFLOP/s"
+    return f"{told}; memory {memory:.2f} TB/s, arithmetic {arithmetic:g} TFLOP/s, {hardware.block * 1e6:g} µs a block"
 
 
 def explain(program: Program) -> Iterator[str]:

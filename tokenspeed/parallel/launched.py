@@ -83,6 +83,7 @@ def served_mesh(parallel: Parallel) -> Mesh:
     if groups > 1:
         raise ConfigError(
             f"--attn-dp-size {groups} (--attn-tp-size {mesh.size('attn')}): the engine cannot yet give groups of ranks "
-            f"requests of their own; leave out both, and attention is cut over all {parallel.world} ranks"
+            f"requests of their own; leave out both, and attention is cut over all {parallel.world} ranks, "
+            f"or let them attend alike (--attn-copies)"
         )
     return mesh

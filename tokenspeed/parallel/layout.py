@@ -7,6 +7,9 @@ A layout is one letter an atom, outermost first:
 * `V` they hold tokens of their own: the tokens are divided over all `V` atoms, outermost first,
 * `S` they hold slices of the features, divided over all `S` atoms, outermost first.
 
+Where a part of a model is copied (`attn_copies`), the ranks along it compute the same from the same: they hold the
+same, R, whatever lies inside of it.
+
 Tokens are divided over the outermost atoms only, so a rank's tokens are always a run of neighbours, and gathering
 them is a concatenation. Attention data parallelism divides them: each group owns the tokens of its requests, padded
 to the common maximum, which every rank knows from the plan.
@@ -69,7 +72,8 @@ def layout_of(placement: Placement, mesh: Mesh, module: str) -> Layout:
         )
     span = mesh.span(placement.axis)
     letter = _letter(placement, module)
-    letters = "".join(letter if i in span else "V" for i in range(len(mesh.atoms())))
+    copied = mesh.copied(placement.axis)
+    letters = "".join(letter if i in span else "R" if i in copied else "V" for i in range(len(mesh.atoms())))
     if "V" in letters.lstrip("V"):
         raise ConfigError(
             f"{module} ({placement}): tokens are divided over the outermost axes, but the ranks inside "

@@ -1,9 +1,10 @@
-"""What collectives take between the ranks of this machine: processes that check and time them, and constants for
-predictions."""
+"""What collectives take between the ranks of this machine, and how fast a GPU reads its memory: processes that check
+and time them, and constants for predictions."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 import socket
@@ -35,6 +36,10 @@ ADDRESS, JOIN_SECONDS, PATIENCE = "127.0.0.1", 60.0, 300.0
 REPEATS, CALLS = 10, 20
 """Of a time the least is taken of so many repeats, each of so many calls one after the other, on a GPU in one graph."""
 
+STREAM_BYTES = 4 << 30
+"""What a GPU reads to show its bandwidth: far more than its cache holds."""
+
+STREAM = "read-only stream"
 FUSED, ALONE = "all-reduce, norm in one", "all-reduce, then norm"
 
 T = TypeVar("T")
@@ -44,7 +49,8 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One collective at one size: seconds on the slowest rank, and the bytes that a rank sends."""
+    """One collective at one size: seconds on the slowest rank, and the bytes that a rank sends; or a stream of `size`
+    bytes that each rank reads from its own memory."""
 
     what: str
     size: int
@@ -53,8 +59,10 @@ class Timing:
 
 
 def collectives(world: int, device: str) -> Iterator[Timing]:
-    """Check and time each collective over `world` ranks of this machine. Raises `ConfigError` as `started` does."""
-    for of_ranks in started(Mesh.of(world), device, timings):
+    """Check and time each collective over `world` ranks of this machine, and on GPUs a stream of each one's memory.
+    Raises `ConfigError` as `started` does."""
+    stream = STREAM_BYTES if device == "cuda" else 0
+    for of_ranks in started(Mesh.of(world), device, timings, SIZES, stream):
         yield max(of_ranks, key=lambda timing: timing.seconds)
 
 
@@ -107,12 +115,13 @@ def table(measured: Sequence[Timing]) -> Iterator[str]:
     yield f"{'µs at KiB a rank':<26}" + "".join(f"{size // 1024:>9}" for size in SIZES)
     for what, group in itertools.groupby(measured, key=lambda timing: timing.what):
         by_size = {timing.size: f"{timing.seconds * 1e6:>9.1f}" for timing in group}
-        yield f"{what:<26}" + "".join(by_size.get(size, " " * 9) for size in SIZES)
+        if by_size.keys() & set(SIZES):
+            yield f"{what:<26}" + "".join(by_size.get(size, " " * 9) for size in SIZES)
 
 
 def fitted(measured: Sequence[Timing]) -> Measured:
     """Links for predictions, each the line through its smallest and its largest message; shared memory counts only
-    where it is faster."""
+    where it is faster. Memory as fast as the slowest rank streams it, where that was measured."""
     fused, alone = (
         min((each for each in measured if each.what == what), key=lambda timing: timing.size)
         for what in (FUSED, ALONE)
@@ -121,6 +130,7 @@ def fitted(measured: Sequence[Timing]) -> Measured:
     return Measured(
         _line(each for each in measured if each.what == AllGather.verb),
         shared if fused.seconds < 0.9 * alone.seconds else None,
+        next((each.size / each.seconds for each in measured if each.what == STREAM), None),
     )
 
 
@@ -166,9 +176,9 @@ def _rank(
         end.send(" ".join(str(error).split()))
 
 
-def timings(world: World, sizes: Sequence[int] = SIZES) -> Iterator[Timing]:
+def timings(world: World, sizes: Sequence[int] = SIZES, stream: int = 0) -> Iterator[Timing]:
     """Check and time each collective over all ranks of `world` at each of these sizes that is a row or more for every
-    rank. Raises `InvariantBroken` naming the one that is wrong."""
+    rank, then a read of `stream` bytes if there are any. Raises `InvariantBroken` naming the one that is wrong."""
     transfers = [kind(X, 0, 1) for kind in (AllGather, AllReduce, ReduceScatter, GatherFeatures, AllToAll)]
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     target = ops.Target(Platform.of(world.device), dtype)
@@ -204,6 +214,15 @@ def timings(world: World, sizes: Sequence[int] = SIZES) -> Iterator[Timing]:
             yield Timing(what, size, _sent(AllReduce(X, 0, 1), size, num_ranks), seconds)
     tokens = torch.zeros(256, dtype=torch.int32, device=world.device)
     yield Timing("share", sizes[0], float(tokens.nbytes), seconds_of(world, partial(world.share, tokens)))
+    if stream:
+        yield Timing(STREAM, stream, 0.0, _stream_seconds(world, stream))
+
+
+def _stream_seconds(world: World, num_bytes: int) -> float:
+    """The better of two sums over as many bytes: to one number, and to one of every run."""
+    data = torch.zeros(num_bytes // 4, dtype=torch.float32, device=world.device)
+    runs = data.view(math.gcd(len(data), 1 << 14), -1)
+    return min(seconds_of(world, call) for call in (partial(torch.sum, data), partial(torch.sum, runs, 1)))
 
 
 def _parts(size: int, dtype: torch.dtype, num_ranks: int, device: torch.device) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ Axes = tuple[tuple[str, int], ...]
 
 FLAGS = {
     "attn": "--attn-tp-size",
+    "attn_copies": "--attn-copies",
     "attn_data": "--attn-dp-size",
     "dense": "--dense-tp-size",
     "moe_ep": "--moe-ep-size",
@@ -29,7 +30,21 @@ FLAGS = {
 }
 """Which flag sizes an axis."""
 
+ARGUMENTS = {
+    "attn": "attn_tp",
+    "attn_copies": "attn_copies",
+    "attn_data": "attn_dp",
+    "dense": "dense_tp",
+    "moe_ep": "moe_ep",
+    "moe_tp": "moe_tp",
+    "vocab": "vocab_tp",
+}
+"""Which argument of `Mesh.of` sizes an axis."""
+
 MOE = ("moe_ep", "moe_tp")
+
+COPIES = ("attn_copies",)
+"""Axes along which ranks hold the same weights of a part, are given the same tokens and compute the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,38 +80,34 @@ class Mesh:
         *,
         attn_tp: int | None = None,
         attn_dp: int | None = None,
+        attn_copies: int | None = None,
         dense_tp: int | None = None,
         moe_tp: int | None = None,
         moe_ep: int | None = None,
         vocab_tp: int | None = None,
     ) -> Mesh:
-        """The mesh that flags ask for. What is left out: attention over all ranks; dense layers and the vocabulary
-        as attention; each expert over the ranks that expert parallelism leaves.
+        """The mesh that flags ask for. What is left out: attention over all ranks, in one copy; dense layers and the
+        vocabulary over the ranks that attend to the same tokens; each expert over the ranks that expert parallelism
+        leaves.
 
         Raises `ConfigError` naming the flags whose product the world cannot be cut into, or which cut it in ways
         that do not fit each other.
         """
         if world < 1:
             raise ConfigError(f"a world must have at least 1 rank, got {world}")
-        asked = {"attn": attn_tp, "attn_data": attn_dp, "dense": dense_tp, "moe_tp": moe_tp, "moe_ep": moe_ep}
-        for axis, size in {**asked, "vocab": vocab_tp}.items():
+        asked = {"attn": attn_tp, "attn_data": attn_dp, "attn_copies": attn_copies, "dense": dense_tp}
+        for axis, size in {**asked, "moe_tp": moe_tp, "moe_ep": moe_ep, "vocab": vocab_tp}.items():
             if size is not None and size < 1:
                 raise ConfigError(f"{FLAGS[axis]} must be at least 1, got {size}")
-        if attn_tp is None:
-            attn_tp = _rest(world, {"attn_data": attn_dp or 1})
-        data = _rest(world, {"attn": attn_tp})
-        if attn_dp is not None and attn_dp != data:
-            raise ConfigError(
-                f"--attn-tp-size {attn_tp} × --attn-dp-size {attn_dp} is {attn_tp * attn_dp}, "
-                f"but the world has {world} ranks: with {attn_tp}, --attn-dp-size must be {data}"
-            )
-        dense, vocab = dense_tp or attn_tp, vocab_tp or attn_tp
+        attention = _attention(world, attn_tp, attn_dp, attn_copies)
+        together = math.prod(size for name, size in attention if name != "attn_data")
+        dense, vocab = dense_tp or together, vocab_tp or together
         experts = moe_ep or 1
         inside = _rest(world, {"moe_ep": experts}) if moe_tp is None else moe_tp
         mesh = cls(
             world,
             (
-                ("attention", (("attn_data", data), ("attn", attn_tp))),
+                ("attention", attention),
                 ("dense", (("dense_data", _rest(world, {"dense": dense})), ("dense", dense))),
                 (
                     "experts",
@@ -144,6 +155,11 @@ class Mesh:
         inside = [i for i, atom in enumerate(self.atoms()) if low <= atom.stride < high]
         return range(inside[0], inside[-1] + 1) if inside else range(0)
 
+    def copied(self, axis: str) -> range:
+        """The atoms along which the ranks of the part that `axis` belongs to are copies of each other."""
+        axes = self.factoring(axis) or ()
+        return next((self.span(name) for name, _ in axes if name in COPIES), range(0))
+
     def rank_sets(self, axis: str) -> tuple[tuple[int, ...], ...]:
         """The sets of ranks that differ only along `axis`, in their order along it."""
         low, high = self._strides(axis)
@@ -170,6 +186,24 @@ class Mesh:
             for part, axes in self.factorings
         )
         return f"{self.world} rank{'s' if self.world > 1 else ''}: {'; '.join(parts)}"
+
+
+def _attention(world: int, attn_tp: int | None, attn_dp: int | None, attn_copies: int | None) -> Axes:
+    """The axes of attention. Copies stand inside of own tokens and outside of cut heads, so that those who exchange
+    most are neighbours. Raises `ConfigError` as `Mesh.of` does."""
+    copied = {} if attn_copies is None else {"attn_copies": attn_copies}
+    copies = attn_copies or 1
+    if attn_tp is None:
+        attn_tp = _rest(world, copied if attn_dp is None else {"attn_data": attn_dp, **copied})
+    data = _rest(world, {"attn": attn_tp, **copied})
+    if attn_dp is not None and attn_dp != data:
+        others = f"--attn-tp-size {attn_tp}" + f" × --attn-copies {copies}" * bool(copied)
+        fixed = f"{attn_tp} × {copies}" if copied else f"{attn_tp}"
+        raise ConfigError(
+            f"{others} × --attn-dp-size {attn_dp} is {attn_tp * copies * attn_dp}, "
+            f"but the world has {world} ranks: with {fixed}, --attn-dp-size must be {data}"
+        )
+    return ("attn_data", data), ("attn_copies", copies), ("attn", attn_tp)
 
 
 def _rest(world: int, sizes: dict[str, int]) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from tokenspeed.kernels import ops
+from tokenspeed.kernels.peers import words_shape
 from tokenspeed.parallel.cost import SHARED_BYTES
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -32,8 +33,8 @@ class SymmetricMemory:
         self._made: dict[tuple[tuple[int, ...], int, torch.dtype], tuple[ops.Peers, Any] | None] = {}
 
     def peers(self, ranks: tuple[int, ...], hidden: int, dtype: torch.dtype) -> ops.Peers | None:
-        """For messages of rows of `hidden` numbers among `ranks`, at most `SHARED_BYTES`, of which it takes four times;
-        None where these GPUs cannot reach each other's memory."""
+        """For messages of rows of `hidden` numbers among `ranks`, at most `SHARED_BYTES`. It takes four times as
+        much, and 256 KiB for each rank; None where these GPUs cannot reach each other's memory."""
         key = ranks, hidden, dtype
         if key not in self._made:
             self._made[key] = self._make(ranks, hidden, dtype)
@@ -81,6 +82,7 @@ class SymmetricMemory:
             "sums": ((2, rows, hidden), dtype),
             "arrived": ((rows, size), torch.int32),
             "summed": ((rows,), torch.int32),
+            "words": (words_shape(size, hidden, dtype.itemsize), torch.int64),
         }
         starts = list(itertools.accumulate((_aligned(*part) for part in parts.values()), initial=0))
         memory: Any = c10d._SymmetricMemory
@@ -95,7 +97,7 @@ class SymmetricMemory:
             field: tuple(handle.get_buffer(other, shape, kind, start // kind.itemsize) for other in range(size))
             for (field, (shape, kind)), start in zip(parts.items(), starts, strict=False)
         }
-        calls = torch.zeros(2, rows, dtype=torch.int32, device=self._device)
+        calls = torch.zeros(3, rows, dtype=torch.int32, device=self._device)
         return ops.Peers(rank=place, calls=calls, **views), handle
 
     def _group(self, name: str, place: int, size: int) -> str:
