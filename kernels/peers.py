@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 ONE_SHOT, TWO_SHOT, PUSH = 0, 1, 2
-"""The counts of calls in `Peers.calls`: of those that read terms, of those of them that summed at an owner, and of those
-that push."""
+"""The counts of calls in `Peers.calls`: of those that read terms, of those of them that summed at an owner, and
+of those that push."""
 
 PUSH_BYTES = 64 << 10
 """Of a message, up to which ranks push words, twice as many bytes, rather than let others read. 0: they never do."""

@@ -10,9 +10,9 @@ there, and reads all others. `two shots`: the token's owner does, and brings the
 Why two halves of memory suffice, of words as of terms: a rank writes its row of call c + 2 when its call c + 1 has
 ended, and that had the terms of c + 1 of all ranks, which they gave when their call c had ended: nobody reads call c
 any more. A kernel that starts early (programmatic dependent launch) writes nothing before those ahead of it have ended.
-So what a half has of a row is of call c or c − 2, or zero from the start. Counts are of rows, each form has its own, and
-they are kept on the device, so that a CUDA graph can be replayed. After 2³² calls, days, they begin again at 0, which
-is as good as any number: only the sign of differences counts, and the parity.
+So what a half has of a row is of call c or c − 2, or zero from the start. Counts are of rows, each form has its own,
+and they are kept on the device, so that a CUDA graph can be replayed. After 2³² calls, days, they begin again at 0: as
+good as any number, as only the sign of differences and the parity matter.
 
 The least token that is not done on all ranks is running on all of them, as programs start in order: nobody waits for
 one that cannot start.

@@ -65,7 +65,7 @@ def generated(world: World, folder: Path, steps: Steps) -> dict[str, torch.Tenso
 
 
 def cached(world: World, folder: Path, steps: Steps) -> list[torch.Tensor]:
-    """The bits of this rank's KV cache after these steps, a layer a tensor; what nobody wrote is the same everywhere."""
+    """The bits of this rank's KV cache after these steps; what nobody wrote is the same everywhere."""
     paged = rank_of_many(world, folder)
     run(paged, steps, world.mesh.coordinate(world.rank, "attn_data"))
     return [tensor.view(torch.int32) for layer in paged.kv for tensor in layer]
