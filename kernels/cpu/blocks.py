@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenspeed.kernels.block_weights import CacheRows, Edge
 from tokenspeed.kernels.cpu import _ops
 from tokenspeed.kernels.cpu.arguments import expect, expect_contiguous
-from tokenspeed.kernels.forms import Matrix, Packed, packed_shape
+from tokenspeed.kernels.forms import Matrix, Packed, form_of, packed_shape
 
 Description = tuple[int, int, int, int, int, str]
 """A matrix: address, address of its bias or 0, rows, columns, stride of a row, form."""
@@ -32,9 +32,9 @@ def described(name: str, matrix: Matrix, bias: Tensor | None, form: str, dtype: 
 
 def checked(name: str, matrix: Matrix, form: str, dtype: torch.dtype) -> tuple[int, int, int]:
     """Rows, columns and stride (0: packed) of a matrix of `form`."""
+    if form_of(matrix) != form:
+        raise ValueError(f"{name} is of the form {form_of(matrix)}; expected {form}")
     if isinstance(matrix, Packed):
-        if matrix.form != form:
-            raise ValueError(f"{name} is of the form {matrix.form}; expected {form}")
         shape, kind = packed_shape(form, matrix.rows, matrix.columns, dtype)
         expect_contiguous(name, matrix.data, kind, shape)
         return matrix.rows, matrix.columns, 0

@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenspeed.kernels.registry import Target, Traits
 from tokenspeed.kernels.triton.launch import num_multiprocessors
-from tokenspeed.kernels.triton.mla_decode import LOG2_E, Shares, merge_shares
+from tokenspeed.kernels.triton.mla_decode import LOG2_E, Shares, merge_shares, padded_rows
 
 BLOCK_N = 64
 
@@ -55,7 +55,7 @@ def _clear_behind(latent, count, C: gl.constexpr):
     gl.thread_barrier()
 
 
-@gluon.jit(do_not_specialize=["num_rows", "num_queries"])
+@gluon.jit(do_not_specialize=["num_rows", "num_queries", "table_stride"])
 def _shares(  # noqa: PLR0912, PLR0915 - one walk, whose parts share all of its state
     q_latent, q_rope, latent_tma, rope_tma, block_table, kv_len, out, partial, lse,
     scale_log2, num_rows, num_queries, table_stride,
@@ -263,7 +263,7 @@ class MlaDecode:
             found.partial if out is None else out, found.partial, found.lse,
             scale * LOG2_E, rows, num_queries, block_table.stride(0), *q_latent.stride()[:3], *q_rope.stride()[:3],
             HEADS=num_heads, C=rank, P=self.rope_dim, BLOCK_SIZE=kv_cache.shape[1], COLUMNS=columns,
-            ROWS=triton.next_power_of_2(rows), IN_BLOCK=out is None, num_warps=4, launch_pdl=True,
+            ROWS=padded_rows(rows, whole=out is not None), IN_BLOCK=out is None, num_warps=4, launch_pdl=True,
         )  # fmt: skip
         return found
 

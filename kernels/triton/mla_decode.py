@@ -26,6 +26,9 @@ from tokenspeed.kernels.triton.launch import dependency_wait, is_hopper, num_mul
 
 LOG2_E = math.log2(math.e)
 
+FEWEST = 16
+"""Rows that fewer are padded to where that costs nothing: their lengths fill half a warp."""
+
 
 @triton.jit
 def _tile_ends(kv_len, num_rows, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -57,7 +60,8 @@ def _attend(latent, rope, q_latent, q_rope, m, denominator, acc, scale_log2, tok
     return m_new, denominator * decay + tl.sum(p, 0), acc
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_queries"])
+# A table cut from a step's is as wide as its longest row: no width may compile a kernel of its own.
+@triton.jit(do_not_specialize=["num_rows", "num_queries", "table_stride"])
 def _shares(  # noqa: PLR0915 - one walk, whose parts share all of its state
     q_latent, q_rope, kv, latent_tma, rope_tma, block_table, kv_len, out, partial, lse,
     scale_log2, num_rows, num_queries, table_stride,
@@ -288,10 +292,17 @@ class MlaDecode:
             scale * LOG2_E, rows, num_queries, block_table.stride(0),
             *q_latent.stride()[:3], *q_rope.stride()[:3],
             HEADS=num_heads, C=rank, P=self.rope_dim, BLOCK_SIZE=block_size, BLOCK_N=block_n, COLUMNS=columns,
-            ROWS=triton.next_power_of_2(rows), ONE_QUERY=num_queries == 1, FINISH=out is not None, TMA=config.tma,
-            DEPENDENT=config.dependent, STAGES=config.stages, num_warps=8 if columns > 32 else 4, **launch,
+            ROWS=padded_rows(rows, whole=out is not None), ONE_QUERY=num_queries == 1, FINISH=out is not None,
+            TMA=config.tma, DEPENDENT=config.dependent, STAGES=config.stages, num_warps=8 if columns > 32 else 4,
+            **launch,
         )  # fmt: skip
         return found
+
+
+def padded_rows(rows: int, *, whole: bool) -> int:
+    """Rows that a program looks through: a power of two. Where what they give is merged as a `whole` no small one: such
+    steps are of any number of rows, and each power is a kernel that is compiled when it is first met."""
+    return max(FEWEST if whole else 1, int(triton.next_power_of_2(rows)))
 
 
 def merge_shares(
@@ -303,7 +314,7 @@ def merge_shares(
     warps = max(1, min(4, block_c * block_s // 512))
     _merge[rows, partial.shape[1], rank // block_c](
         partial, lse, kv_len, out, rows, shares,
-        C=rank, BLOCK_N=block_n, ROWS=triton.next_power_of_2(rows), BLOCK_C=block_c, BLOCK_S=block_s,
+        C=rank, BLOCK_N=block_n, ROWS=padded_rows(rows, whole=True), BLOCK_C=block_c, BLOCK_S=block_s,
         DEPENDENT=dependent, num_warps=warps, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 

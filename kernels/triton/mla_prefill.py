@@ -33,6 +33,9 @@ ABSORBED = 128
 COLUMNS = 64
 """(query, head) pairs of a slice: what a program of `mla_decode` takes at once."""
 
+SLICES = 256
+"""Slices of a call: as many rows of `mla_decode`, each of whose programs looks through the lengths of all."""
+
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
 COPIED = 256
@@ -198,6 +201,7 @@ class MlaPrefill:
         names = ("num_heads", "nope_dim", "v_dim", "kv_lora_rank", "rope_dim", "block_size")
         self.heads, self.nope, self.value, self.rank, self.rope, self.block_size = (int(traits[name]) for name in names)
         self.config = config or Config()
+        self.queries = max(1, COLUMNS // self.heads)
         self.decode = select(
             "mla_decode", target, num_heads=self.heads, kv_lora_rank=self.rank, rope_dim=self.rope,
             block_size=self.block_size,
@@ -234,15 +238,18 @@ class MlaPrefill:
         return out
 
     def _runs(self, query_lens: tuple[int, ...], element_size: int) -> Iterator[tuple[int, int]]:
-        """Ranges of neighbouring rows: short chunks as far as the workspace goes, a long one alone."""
+        """Ranges of neighbouring rows: short chunks as far as workspace and slices go, a long one alone."""
         room = max(1, self.config.workspace // (self.heads * self.rank * element_size))
-        first = taken = 0
+        queries, most = self.queries, self.config.absorbed
+        first = taken = slices = 0
         for row, new in enumerate(query_lens):
-            if first < row and (new > self.config.absorbed or taken > self.config.absorbed or taken + new > room):
+            more = triton.cdiv(new, queries)
+            full = taken + new > room or slices + more > SLICES
+            if first < row and (full or new > most or query_lens[first] > most):
                 yield first, row
-                first, taken = row, 0
-            # A long chunk is more than the next row may join, whatever the room.
+                first, taken, slices = row, 0, 0
             taken += new
+            slices += more
         if query_lens:
             yield first, len(query_lens)
 
@@ -252,7 +259,7 @@ class MlaPrefill:
     ) -> None:  # fmt: skip
         k_up, v_up = up
         # One kernel for a token a row and one for more, not one for every number that a chunk may have.
-        queries = 1 if max(query_lens) == 1 else max(1, COLUMNS // self.heads)
+        queries = 1 if max(query_lens) == 1 else self.queries
         num_slices = sum(triton.cdiv(new, queries) for new in query_lens)
         empty = partial(torch.empty, dtype=torch.int32, device=q.device)
         table, lengths = empty((num_slices, width)), empty(num_slices)
@@ -262,7 +269,7 @@ class MlaPrefill:
             block_table, query_start, kv_len, table, lengths, tokens, places,
             len(query_lens), block_table.stride(0), width,
             QUERIES=queries, PADDED=triton.next_power_of_2(queries),
-            ROWS=max(64, triton.next_power_of_2(len(query_lens))),
+            ROWS=SLICES,
             BLOCK=COPIED, DEPENDENT=dependent, num_warps=4, **dependent_launch(dependent),
         )  # fmt: skip
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)

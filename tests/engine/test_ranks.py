@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,10 @@ from tokenspeed import AsyncEngine, EngineConfig, SamplingParams
 from tokenspeed._core.replay import replay
 from tokenspeed.config import Parallel
 from tokenspeed.engine.link import ProcessLink
+from tokenspeed.engine.ranks import RankLost, Ranks
 from tokenspeed.engine.supervisor import SupervisedLink
 from tokenspeed.errors import ConfigError, Unavailable
+from tokenspeed.parallel.launched import Place
 from tokenspeed.request import Grammar
 
 BLOCK, NUM_TOKENS = 16, 32
@@ -236,6 +240,33 @@ def test_what_only_another_rank_finds_wrong_is_told_in_its_words(
 
     with pytest.raises(ConfigError, match="rank 1: there is no room on this one"):
         asyncio.run(run())
+
+
+def test_the_port_where_ranks_meet_is_kept_from_others_until_the_end() -> None:
+    async def scenario() -> None:
+        ranks = await Ranks.start(EngineConfig(), join_seconds=1.0, log_level="info", log_format="text")
+        where = (ranks.place.address, ranks.place.port)
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(where)
+        with socket.create_server(where), socket.create_connection(where, 5.0):
+            pass  # rank 0 itself may listen
+        await ranks.end()
+        socket.create_server(where).close()
+
+    asyncio.run(scenario())
+
+
+def test_a_step_that_lands_when_a_stopped_process_goes_on_is_not_given_up_for_late() -> None:
+    looks = itertools.chain([3, 3, None, 4, 5, 5, None], itertools.repeat(6))
+
+    async def scenario() -> None:
+        ranks = Ranks(Place.alone(), 1.0)
+        ranks.watch_steps(lambda seconds: next(looks), 0.2)
+        with pytest.raises(RankLost, match="step 6 has not landed"):
+            await ranks.while_alive(asyncio.sleep(20.0))
+        await ranks.end()
+
+    asyncio.run(scenario())
 
 
 def test_groups_with_requests_of_their_own_are_refused(folder: Path) -> None:

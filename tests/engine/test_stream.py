@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.engine.test_lane import BOUNDS, Transport
 from tests.toy import write_tokenizer
 from tokenspeed.batch import Finish
 from tokenspeed.checkpoint.source import Source
+from tokenspeed.engine.lane import Frame, Gaps, Outlet, Pieces, Way, carry
 from tokenspeed.engine.messages import ChoiceTokens
 from tokenspeed.engine.stream import Stream, new_choice
 from tokenspeed.errors import Unavailable
@@ -171,3 +173,36 @@ def test_every_single_token_has_its_text_whatever_stands_before(tokenizer: Token
     assert texts[A] == tokenizer.decode([A])
     assert None in texts.values()
     assert all(text is None or text.encode() == tokenizer.token_bytes(id) for id, text in texts.items())
+
+
+class Failing:
+    """A `Direct` that cannot take in what went straight."""
+
+    outlet = Outlet(Transport(), False, 10_000)
+    gaps = Gaps(BOUNDS)
+
+    def way(self, index: int) -> tuple[Way, float, int]:
+        return Way(Frame(b"<", b">"), "", False), 0.0, 0
+
+    def passed(self, index: int, text: str, num_tokens: int, num_events: int, last: float) -> None:
+        raise ZeroDivisionError
+
+
+def test_a_stream_whose_answer_breaks_over_what_went_straight_still_ends(tokenizer: Tokenizer) -> None:
+    async def work() -> None:
+        world, reader = World(tokenizer, n=2), Reader()
+        pieces = Pieces(tokenizer.table, tokenizer.special_ids, tokenizer.vocab_size)
+        params = SamplingParams(max_tokens=9, n=2)
+        world.choices[:] = [new_choice(id, id, tokenizer, params, frozenset(), None, pieces) for id in range(2)]
+        reading = asyncio.create_task(world.stream.each(reader.take, reader.room, Failing()))
+        await asyncio.sleep(0)
+        lanes = {choice.id: choice.lane for choice in world.choices if choice.lane is not None}
+        for id in lanes:
+            world.feed(A, choice=id)
+            assert not carry([ChoiceTokens(id, [B])], lanes, 1.0, lambda item: None)
+        await world.stream.abort()
+        assert (world.aborted, world.ended) == ([0, 1], 1)
+        with pytest.raises(ZeroDivisionError):
+            await reading
+
+    run(work())

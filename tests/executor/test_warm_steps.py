@@ -26,10 +26,22 @@ def test_every_warm_step_is_one_that_a_plan_may_ask_for(limits: BatchLimits) -> 
 
 
 def test_the_largest_step_comes_first_then_the_longest_context() -> None:
-    first, second, *others = warm_steps(BatchLimits(max_rows=4, max_tokens=8192, max_blocks=2000, block_size=64))
+    first, second, third, *others = warm_steps(BatchLimits(max_rows=4, max_tokens=8192, max_blocks=2000, block_size=64))
     assert (first.query_lens, first.context) == ((8192,), 0)
     assert second.query_lens == (8192,) and second.context == 7 * 8192 + 64
-    assert all(step.num_decode == 1 and step.context == second.context for step in others)
+    assert (third.query_lens, third.context) == ((8192,), 0)
+    lone = [step for step in others if step.context]
+    assert all(step.num_decode == 1 and step.context == second.context for step in lone)
+    assert [step.query_lens[-1] for step in lone] == sizes(8192)[1:]
+
+
+def test_every_size_comes_also_alone_and_short_rows_in_powers_of_two() -> None:
+    limits = BatchLimits(max_rows=100, max_tokens=8192, max_blocks=2000, block_size=64)
+    alone = [step.query_lens for step in warm_steps(limits) if not step.context]
+    assert alone[1:-7] == [(size,) for size in sizes(8192)]
+    assert [(len(rows), set(rows)) for rows in alone[-7:]] == [
+        (100, {81}), (64, {128}), (32, {128}), (16, {128}), (8, {128}), (4, {128}), (2, {128})
+    ]  # fmt: skip
 
 
 def test_sizes_are_eighths_and_below_them_powers_of_two() -> None:

@@ -85,3 +85,9 @@ def test_a_row_that_is_out_of_range_writes_nothing(field: str, generator: torch.
         kernel("gqa_block_decode", GQA)(*arguments)
     for cache, was in zip(arguments[4:6], before, strict=True):
         assert torch.equal(cache.view(torch.int32), was.view(torch.int32))
+
+
+def test_weights_of_another_form_than_the_block_was_chosen_for_are_refused(generator: torch.Generator) -> None:
+    plain = mlp_block_arguments(2, {**MLP, "down_form": "rows"}, True, "residual", generator, torch.float32)
+    with pytest.raises(ValueError, match="down is of the form rows; expected q4_1"):
+        kernel("mlp_block_decode", MLP)(*plain)

@@ -95,3 +95,15 @@ def test_an_id_that_a_packed_table_does_not_have_is_an_error(bad: int, generator
     table = packed_weight("q8_0", 20, 64, generator, torch.float32)
     with pytest.raises(IndexError, match="id 1"):
         ops.packed_embedding(TARGET, matrix_form="q8_0")(torch.tensor([3, bad]), table)
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_a_weight_of_another_form_is_refused_before_it_is_read(form: str, generator: torch.Generator) -> None:
+    rows = torch.randn(3, 64, generator=generator)
+    other = packed_weight("q4_1" if form != "q4_1" else "q8_0", 3, 64, generator, torch.float32)
+    for wrong in (rows, other):
+        for product in (ops.packed_linear, ops.packed_lm_head):
+            with pytest.raises(ValueError, match=f"expected {form}"):
+                product(TARGET, matrix_form=form)(rows, wrong)
+        with pytest.raises(ValueError, match=f"expected {form}"):
+            ops.packed_embedding(TARGET, matrix_form=form)(torch.zeros(1, dtype=torch.int64), wrong)

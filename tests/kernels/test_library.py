@@ -8,7 +8,7 @@ import torch
 
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.registry import Target, TraitValue
-from tokenspeed.kernels.selection import default
+from tokenspeed.kernels.selection import default, select
 
 HEADS: dict[str, TraitValue] = {
     "num_heads": 16, "nope_dim": 128, "v_dim": 128, "kv_lora_rank": 512, "rope_dim": 64, "block_size": 64
@@ -49,3 +49,18 @@ def test_without_cudnn_prompts_are_left_to_triton(monkeypatch: pytest.MonkeyPatc
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     assert chosen("mla_prefill", "sm90", HEADS) == "triton"
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_many_short_chunks_are_few_calls_and_a_long_one_is_alone() -> None:
+    pytest.importorskip("triton")
+    platform = Platform("nvidia", "sm90", frozenset({"sm80", "sm90"}))
+    prefill = select("mla_prefill", Target(platform, torch.bfloat16), **HEADS)
+
+    def runs(*query_lens: int) -> list[tuple[int, int]]:
+        return list(prefill._runs(query_lens, 2))
+
+    # Slices of four queries, 256 a call: 15 in a chunk of 60.
+    assert runs(*(60,) * 40) == [(0, 17), (17, 34), (34, 40)]
+    assert runs(*(1,) * 100, 128) == [(0, 101)]
+    assert runs(100, 129, 5, 1000, 1024, 3, 4) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 7)]

@@ -22,8 +22,8 @@ Variant = tuple[str, ...]
 """A kernel, and what its arguments are specialised by: one compilation each."""
 
 
-class _WithoutProducts(TorchDispatchMode):
-    """Products of matrices have shapes and no values: what is chosen depends on shapes alone."""
+class _ShapesAlone(TorchDispatchMode):
+    """Products of matrices, and rows that are gathered, have shapes and no values: kernels are chosen by shapes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -33,8 +33,13 @@ class _WithoutProducts(TorchDispatchMode):
                 out = kwargs.get("out")
                 dtype = kwargs.get("out_dtype") or next((each for each in args[2:]), args[0].dtype)
                 return args[0].new_empty((*head, columns), dtype=dtype) if out is None else out
+            case "aten::linear":
+                return args[0].new_empty((*args[0].shape[:-1], args[1].shape[0]))
             case "aten::addmm":
                 return args[1].new_empty((args[1].shape[0], args[2].shape[1]))
+            case "aten::index_select" if args[0].is_floating_point():
+                out = kwargs.get("out")
+                return args[0].new_empty((len(args[2]), *args[0].shape[1:])) if out is None else out
             case "aten::_grouped_mm":
                 return args[0].new_empty((args[0].shape[0], args[1].shape[-1]))
             case _:
@@ -111,7 +116,7 @@ def recorded() -> Iterator[Variants]:
     for each in patches:
         each.start()
     try:
-        with _WithoutProducts():
+        with _ShapesAlone():
             yield variants
     finally:
         for each in reversed(patches):

@@ -124,6 +124,11 @@ def test_what_cannot_be_is_one_line(
     assert error.startswith("tokenspeed.parallel: ") and error.count("\n") == 1 and words in error
 
 
+def test_collectives_of_one_rank_are_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", "--world", "1", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == "tokenspeed.parallel: --world 1: collectives are between two ranks and more\n"
+
+
 def test_sizes_are_positive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["explain", "--model", str(folder), "--world", "0"])

@@ -63,7 +63,17 @@ def test_names_stand_for_what_carries_collectives() -> None:
     assert hardware("symmetric", 2).near == LINKS["symmetric"] and hardware("symmetric", 2).ranks_per_machine == 2
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, "No such file"), ("{}", "near"), ("{", "truncated")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("{}", "near"),
+        ("{", "truncated"),
+        ('{"near": {"seconds": 1e-6, "bandwidth": 0}, "shared": null}', "near.bandwidth"),
+        ('{"near": {"seconds": -1, "bandwidth": 1e9}, "shared": null}', "near.seconds"),
+        ('{"near": {"seconds": 0, "bandwidth": 1e9}, "shared": null, "stream_bandwidth": -1}', "stream_bandwidth"),
+    ],
+)
 def test_links_that_cannot_be_read_are_named(tmp_path: Path, content: str | None, said: str) -> None:
     file = tmp_path / "links.json"
     if content is not None:

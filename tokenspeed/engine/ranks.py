@@ -42,6 +42,10 @@ END_SECONDS = 5.0
 LOOK_SECONDS = 0.5
 """Between two looks at the step in flight."""
 
+LOOKS = 8
+"""That find a step late, one after another, until it is given up: this process may have been stopped itself, with its
+machine or in a debugger, and then has not seen yet what has landed."""
+
 
 class RankLost(TokenSpeedError):
     """A rank has ended, hangs or cannot be reached: nothing can be computed without it."""
@@ -73,8 +77,10 @@ class Ranks:
     program = "tokenspeed.engine.rank"
     """The module that a rank runs."""
 
-    def __init__(self, place: Place, join_seconds: float) -> None:
+    def __init__(self, place: Place, join_seconds: float, held: socket.socket | None = None) -> None:
+        """`held` keeps the port of `place` from others; it is closed in the end."""
         self.place = place
+        self._held = held
         self.join_seconds = join_seconds
         self._children: list[_Child] = []
         self._watches: list[asyncio.Task[None]] = []
@@ -93,7 +99,8 @@ class Ranks:
                     f"an engine of {world} ranks cannot be served by RANK={place.rank} of WORLD_SIZE={place.world}"
                 )
             return cls(place, join_seconds)
-        ranks = cls(Place(0, world, 0, world, LOOPBACK, _free_port()), START_SECONDS)
+        held = _held_port()
+        ranks = cls(Place(0, world, 0, world, LOOPBACK, int(held.getsockname()[1])), START_SECONDS, held)
         try:
             for rank in range(1, world):
                 await ranks._start(Follow(config, rank, ranks.place.port), log_level, log_format)
@@ -146,8 +153,11 @@ class Ranks:
         self._watches.append(asyncio.create_task(self._watch_steps(stuck, seconds)))
 
     async def _watch_steps(self, stuck: Callable[[float], int | None], seconds: float) -> None:
-        while (step := stuck(seconds)) is None:
-            await asyncio.sleep(min(LOOK_SECONDS, seconds / 4))
+        step, looks = None, 0
+        while looks < LOOKS:
+            await asyncio.sleep(min(LOOK_SECONDS, seconds / (2 * LOOKS)))
+            before, step = step, stuck(seconds)
+            looks = looks + 1 if step is not None and step == before else 0
         self._lose(
             RankLost(
                 f"step {step} has not landed for {seconds:g} s (--watchdog-seconds): a rank or a collective hangs; "
@@ -178,6 +188,8 @@ class Ranks:
     async def end(self, *, at_once: bool = False) -> None:
         """Wait until the ranks that were started here have ended, and kill those that do not; or do so `at_once`."""
         self._ending = True
+        if self._held is not None:
+            self._held.close()
         for child in self._children:
             if not at_once:
                 with contextlib.suppress(TimeoutError):
@@ -193,7 +205,10 @@ class Ranks:
             self._lost.exception()  # seen, also where nobody waited for it
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+def _held_port() -> socket.socket:
+    """A socket bound to a free port, where this process alone can listen. Rank 0 listens seconds later, when torch is
+    loaded; a port that is only found free may belong to any connection of this machine by then."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # whoever listens there has it set, too
+    held.bind((LOOPBACK, 0))
+    return held

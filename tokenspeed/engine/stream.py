@@ -175,7 +175,11 @@ class Stream(AsyncIterator[RequestOutput]):
     def settle(self) -> None:
         """As if all that went straight had gone the long way."""
         for choice in self.choices:
-            self._settle(choice)
+            try:
+                self._settle(choice)
+            except Exception as error:
+                self._raised = error  # by `each`, as in `_push`: who ends this stream must come to its end
+                self._notify()
 
     def _stop_taking(self) -> None:
         self.settle()

@@ -95,7 +95,9 @@ def _link(config: ServerConfig) -> EngineLink:
     # Ranks that a launcher has started end with their engine: only the launcher can start them again.
     restarts = config.engine_restarts if Place.launched(os.environ) is None else 0
     return SupervisedLink(
-        lambda: ProcessLink(log_level=config.log_level, log_format=config.log_format), restarts=restarts
+        lambda: ProcessLink(log_level=config.log_level, log_format=config.log_format),
+        restarts=restarts,
+        silence=config.engine_silence,
     )
 
 

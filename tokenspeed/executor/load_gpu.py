@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from tokenspeed.errors import ConfigError
 from tokenspeed.executor.device_step import Model, StepOps
 from tokenspeed.executor.gpu import GpuExecutor
 from tokenspeed.executor.graphs import buckets
+from tokenspeed.executor.late_kernels import report_late_kernels
 from tokenspeed.executor.memory import mib, num_kv_blocks
 from tokenspeed.executor.slot_tables import SlotTables
 from tokenspeed.layers.module import BuildContext
@@ -100,6 +102,8 @@ def start_gpu(
     torch.cuda.empty_cache()
     started = executor(num_blocks)
     seconds = started.capture()
+    if importlib.util.find_spec("triton"):
+        report_late_kernels()
     return started, (
         f"{torch.cuda.get_device_name(device)}; a step takes {mib(before - warm)}, "
         f"{2 * len(buckets(limits.max_rows))} graphs {mib(warm - left)}, tried in {first:.1f} s and captured in "

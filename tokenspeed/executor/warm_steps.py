@@ -1,8 +1,10 @@
 """The steps with prompts that an executor runs before the first real one.
 
 What a step compiles, plans or allocates for the first time depends on how many tokens it has, on whether they follow
-cached ones, and on whether rows decode beside them. Nothing here knows which kernel asks for which size: sizes
-are the eighths of the largest step, and below a quarter of it the powers of two and one between each two.
+cached ones, on whether rows decode beside them, and on how many rows of a few tokens there are. Nothing here knows
+which kernel asks for which size: sizes are the eighths of the largest step, and below a quarter of it the powers of two
+and one between each two; rows of at most `SHORT` tokens come in powers of two. That this is enough for all kernels of
+a model, `tests/executor/test_variants.py` says.
 """
 
 from __future__ import annotations
@@ -12,9 +14,16 @@ from dataclasses import dataclass
 
 from tokenspeed.batch import BatchLimits
 
+PIECE = 8192
+"""Tokens of a context that kernels take at a time, if not a largest step."""
+
 CONTEXT = 7
-"""Tokens before those of a step, in largest steps, where a row may be so long: four, two and one of these and a
-block more, so that kernels that take a context in pieces take it in all of their ways. Memory grows no further."""
+"""Tokens before those of a step, in pieces, where a row may be so long: four, two and one of these and a block more,
+so that kernels that take a context in pieces take it in all of their ways. Memory grows no further."""
+
+
+SHORT = 128
+"""Tokens of each of several rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +46,18 @@ def warm_steps(limits: BatchLimits) -> Iterator[WarmStep]:
     whole, rest = divmod(largest, longest)
     yield WarmStep(((longest,) * whole + (rest,) * (rest > 0))[: limits.max_rows])
     for tokens in sizes(min(largest, longest)):
-        context = min(CONTEXT * largest + limits.block_size, longest - tokens)
+        context = min(CONTEXT * max(PIECE, largest) + limits.block_size, longest - tokens)
         if tokens < largest and limits.max_rows > 1:
             # With a row that decodes, in whose place the context must leave room.
             yield WarmStep((1, tokens), context, num_decode=1)
         else:
             yield WarmStep((tokens,), context)
+        yield WarmStep((tokens,))
+    rows = limits.max_rows
+    while rows > 1:
+        if new := min(SHORT, largest // rows, longest):
+            yield WarmStep((new,) * rows)
+        rows = 1 << (rows - 1).bit_length() - 1
 
 
 def sizes(largest: int) -> list[int]:

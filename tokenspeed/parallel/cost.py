@@ -9,6 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -43,12 +44,15 @@ class Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """`seconds` of a collective that carries nothing; bytes a second that a rank sends while it receives as many."""
 
-    seconds: float
-    bandwidth: float
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    bandwidth: Positive
 
 
 LINKS = {
@@ -209,7 +213,7 @@ class Measured:
 
     near: Link
     shared: Link | None
-    stream_bandwidth: float | None = None
+    stream_bandwidth: Positive | None = None
 
 
 def local_rows(tokens: int, layout: Layout, mesh: Mesh) -> int:

@@ -60,7 +60,9 @@ class Timing:
 
 def collectives(world: int, device: str) -> Iterator[Timing]:
     """Check and time each collective over `world` ranks of this machine, and on GPUs a stream of each one's memory.
-    Raises `ConfigError` as `started` does."""
+    Raises `ConfigError` as `started` does, and for one rank, which sends nothing."""
+    if world < 2:
+        raise ConfigError(f"--world {world}: collectives are between two ranks and more")
     stream = STREAM_BYTES if device == "cuda" else 0
     for of_ranks in started(Mesh.of(world), device, timings, SIZES, stream):
         yield max(of_ranks, key=lambda timing: timing.seconds)

@@ -10,11 +10,19 @@ import hmac
 import secrets
 import socket
 import struct
+import time
 from typing import Protocol
 
 LENGTH = struct.Struct("<q")
 HELLO = struct.Struct("<16sq")
 """A key that only ranks of this world know, and which of them it is."""
+
+HELLO_SECONDS = 5.0
+"""A rank says who it is as soon as it is connected; somebody who says nothing must not keep the ranks waiting."""
+
+KEEP_ALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
+"""A machine that lost its power or its network ends no connection: after 90 s without an answer its end is assumed.
+Else a rank would hold its GPU for ever, because it never sends."""
 
 KEY, PORT = "wire/key", "wire/port"
 
@@ -42,15 +50,14 @@ class Wire:
             peer = socket.create_connection((address, port), timeout)
             peer.sendall(HELLO.pack(key, rank))
             return cls({0: _ready(peer)})
-        key = secrets.token_bytes(16)
+        key, until = secrets.token_bytes(16), time.monotonic() + timeout
         with socket.create_server((address, 0), family=_family(address), backlog=num_ranks) as server:
-            server.settimeout(timeout)
             store.set(KEY, key.hex())
             store.set(PORT, str(server.getsockname()[1]))
             peers: dict[int, socket.socket] = {}
             while len(peers) < num_ranks - 1:
+                server.settimeout(max(0.001, until - time.monotonic()))
                 peer = server.accept()[0]
-                peer.settimeout(timeout)
                 other = _announced(peer, key)
                 if other is not None:
                     peers[other] = _ready(peer)
@@ -86,6 +93,7 @@ class Wire:
 
 def _announced(peer: socket.socket, key: bytes) -> int | None:
     """Which rank has connected; None for somebody else, who is sent away."""
+    peer.settimeout(HELLO_SECONDS)
     try:
         given, rank = HELLO.unpack(_read(peer, HELLO.size))
     except OSError:
@@ -103,6 +111,9 @@ def _family(address: str) -> socket.AddressFamily:
 def _ready(peer: socket.socket) -> socket.socket:
     peer.settimeout(None)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a step's inputs are small, and must not wait for more
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEP_ALIVE.items():
+        peer.setsockopt(socket.IPPROTO_TCP, option, value)
     return peer
 
 

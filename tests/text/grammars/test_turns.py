@@ -49,3 +49,22 @@ def test_who_leaves_takes_no_place() -> None:
             assert turns._free == 2
 
     asyncio.run(run())
+
+
+def test_who_leaves_does_not_cost_the_tenant_its_turn() -> None:
+    async def run() -> None:
+        turns, order = Turns(1), []
+
+        async def work(tenant: bytes, name: str) -> None:
+            async with turns.place(tenant):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        names = ("a0", "b0", "b1", "c0")
+        tasks = [asyncio.create_task(work(name[:1].encode(), name)) for name in names]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert order == ["a0", "b1", "c0"]
+
+    asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -207,6 +208,16 @@ def test_ids_are_kimis_own_and_unique_elsewhere() -> None:
     first, second = ids("hermes", '<tool_call>{"name":"a"}</tool_call><tool_call>{"name":"b"}</tool_call>')
     assert first != second
     assert first.startswith("call_")
+
+
+def test_a_call_of_mistrals_has_an_id_that_its_template_takes() -> None:
+    def id_of(given: str) -> str:
+        events = parser("mistral").feed(f"[TOOL_CALLS]now[CALL_ID]{given}[ARGS]{{}}")
+        return next(event.id for event in events if isinstance(event, CallBegun))
+
+    assert id_of("abcDEF123") == "abcDEF123"
+    for odd in ("1", "call_7f3a", "abcDEF1234", "äbcDEF123"):
+        assert re.fullmatch("[a-zA-Z0-9]{9}", id_of(odd)), odd
 
 
 def test_only_the_first_call_counts_without_parallel_calls() -> None:

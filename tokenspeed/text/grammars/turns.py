@@ -41,10 +41,12 @@ class Turns:
         """A place is free: for the tenant whose turn is longest ago."""
         while self._waiting:
             tenant, turns = self._waiting.popitem(last=False)
-            turn = turns.popleft()
+            while turns and turns[0].done():  # who has left costs the tenant nothing
+                turns.popleft()
+            if not turns:
+                continue
+            turns.popleft().set_result(None)
             if turns:
                 self._waiting[tenant] = turns
-            if not turn.done():
-                turn.set_result(None)
-                return
+            return
         self._free += 1

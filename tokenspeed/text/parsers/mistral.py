@@ -16,6 +16,7 @@ BEGIN = Markers(CALLS)
 NAME = re.compile(r'[^\s\[\]{}"]+')
 ID_CHARS = 9
 """Of a call's id: the templates refuse all others."""
+ID = re.compile(f"[a-zA-Z0-9]{{{ID_CHARS}}}")
 
 
 class MistralParser(ToolParser):
@@ -54,7 +55,7 @@ class MistralParser(ToolParser):
         if not name or (tag is None and (yield from source.peek()) != "{"):
             return False
         source.release()
-        self.begin(name, id or None)
+        self.begin(name, id if id is not None and ID.fullmatch(id) else None)
         yield from source.space()
         # Another call, where there are no arguments, begins as a list would.
         if (yield from source.peek()) == "[" or not (yield from arguments(source, self.argue)):
