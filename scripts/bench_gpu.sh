@@ -27,7 +27,7 @@ decode() { # decode SHAPE FLAGS...
         ${PROFILE:+--profile "$PROFILE"} "${@:2}"
 }
 ready() { # seconds from the command to a server that is ready; SIGTERM ends it
-    local begun=$EPOCHREALTIME
+    local begun=$EPOCHREALTIME wrong=0
     "$python" -m tokenspeed.entrypoints.api --model "$1" --port 8399 & local server=$!
     until curl -sf http://127.0.0.1:8399/ready > /dev/null; do
         kill -0 "$server" || return 1
@@ -36,7 +36,7 @@ ready() { # seconds from the command to a server that is ready; SIGTERM ends it
     curl -sf http://127.0.0.1:8399/health_generate > /dev/null
     echo "first token $(awk "BEGIN { print $EPOCHREALTIME - $begun }") s after the command"
     nvidia-smi --query-gpu=memory.used,memory.total --format=csv,noheader
-    "$python" - <<'PYTHON'
+    "$python" - <<'PYTHON' || wrong=1
 import asyncio, openai, time
 
 async def stream(client, number):
@@ -56,6 +56,7 @@ async def main():
 asyncio.run(main())
 PYTHON
     kill "$server" && wait "$server"
+    ((wrong == 0))
 }
 
 if wanted check; then

@@ -31,6 +31,14 @@ def test_by_default_every_slot_gets_its_full_length_if_a_share_of_memory_holds_i
         num_kv_blocks(MIB, LIMITS, kv_cache_bytes=None, available=2 * MIB)
 
 
+def test_sessions_between_their_turns_get_room_besides_where_memory_holds_it() -> None:
+    def blocks(available: int) -> int:
+        return num_kv_blocks(MIB, LIMITS, kv_cache_bytes=None, available=available * MIB, sessions_a_row=3)
+
+    assert blocks(1000) == 3 * 40
+    assert blocks(200) == int(200 * DEFAULT_SHARE)
+
+
 def test_asked_for_bytes_are_honoured_or_refused_with_the_numbers() -> None:
     assert num_kv_blocks(MIB, LIMITS, kv_cache_bytes=100 * MIB + 5, available=100 * MIB + 5) == 100
     with pytest.raises(ConfigError, match=r"--kv-cache-memory asks for 101\.0 MiB, but only 100\.0 MiB") as caught:

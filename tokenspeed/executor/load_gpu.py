@@ -26,6 +26,11 @@ MARGIN = 1 << 30
 """Bytes left free for what libraries allocate by themselves later."""
 
 
+SESSIONS_A_ROW = 16
+"""Sessions whose cache may be kept for each row of a step: agents pause between turns for much longer than they
+generate, and find their cache when they come back. Where a model is large, memory is less than that."""
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """Sizes that decide whether a model fits; `kv_cache_bytes` is what was asked for, None takes what is left."""
@@ -94,8 +99,9 @@ def start_gpu(
     trial.close()
     del trial
     num_blocks = num_kv_blocks(
-        needs.per_block, limits, kv_cache_bytes=needs.kv_cache_bytes, available=max(0, left - MARGIN), share=1.0
-    )
+        needs.per_block, limits, kv_cache_bytes=needs.kv_cache_bytes, available=max(0, left - MARGIN), share=1.0,
+        sessions_a_row=SESSIONS_A_ROW,
+    )  # fmt: skip
     if world is not None:
         num_blocks = world.least(num_blocks)
     gc.collect()

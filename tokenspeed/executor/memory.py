@@ -29,12 +29,13 @@ def num_kv_blocks(
     kv_cache_bytes: int | None,
     available: int,
     share: float = DEFAULT_SHARE,
+    sessions_a_row: int = 1,
 ) -> int:
     """Blocks of `per_block` bytes that the cache gets, with `available` bytes of memory to take them from.
 
-    `kv_cache_bytes` as asked for by `--kv-cache-memory`; None takes what every slot at full length needs,
-    at most `share` of `available`. Raises `ConfigError` if the bytes asked for are not there, or
-    if the result would not hold one block.
+    `kv_cache_bytes` as asked for by `--kv-cache-memory`; None takes what every slot at full length needs, and as much
+    for each further one of `sessions_a_row` whose next turn is awaited, at most `share` of `available`. Raises
+    `ConfigError` if the bytes asked for are not there, or if the result would not hold one block.
     """
     if kv_cache_bytes is not None:
         if kv_cache_bytes > available:
@@ -54,7 +55,7 @@ def num_kv_blocks(
             f"used, and one block of {limits.block_size} tokens takes {mib(per_block)}; free memory, or set "
             f"--kv-cache-memory or a smaller --block-size"
         )
-    return min(fits, limits.max_rows * limits.max_blocks)
+    return min(fits, sessions_a_row * limits.max_rows * limits.max_blocks)
 
 
 def mib(num_bytes: int) -> str:
