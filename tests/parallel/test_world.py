@@ -94,8 +94,8 @@ def test_whoever_waits_for_a_rank_that_leaves_is_told(pool: Pool) -> None:
 def test_a_rank_that_dies_ends_the_wait_of_the_others() -> None:
     with started(2) as pool:
         pool.send_over(Mesh.of(2), jobs.bereaved)
-        # Closed or reset: whether the dead rank had bytes unread is up to the moment.
-        assert re.search("Connection (closed|reset) by peer", str(pool.answer(0)))
+        # Which of these it is depends on what was on its way when the rank died.
+        assert re.search("Connection (closed|reset) by peer|Broken pipe", str(pool.answer(0)))
 
 
 def test_a_rank_that_does_not_come_is_named(pool: Pool) -> None:
