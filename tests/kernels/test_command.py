@@ -24,7 +24,7 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     monkeypatch.setattr(measure, "SECONDS", 0.001)
     monkeypatch.setattr(measure, "CPU_CACHE", 1 << 16)
-    monkeypatch.setattr(measure, "CPU_COPY", 1 << 20)
+    monkeypatch.setattr(measure, "CPU_STREAM", 1 << 20)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
@@ -62,7 +62,7 @@ def test_numerics_fails_with_a_line_that_is_wrong(
 
 def test_bench_prints_every_implementation_on_every_shape(capsys: pytest.CaptureFixture[str]) -> None:
     title, _, *lines = printed(capsys, "bench", "silu_mul", "tokens=1,3", *FEW[1:])
-    assert "a copy moves " in title and "GB/s" in title
+    assert "memory gives " in title and "GB/s" in title
     names = [each.name for each in default().registry.of("silu_mul") if each.backend in ("cpu", "reference")]
     assert {line[2:].split()[0] for line in lines} <= set(names) and "reference" in str(lines)
     assert {line.split("  ")[-1] for line in lines} == {f"tokens={n} intermediate_size=32" for n in (1, 3)}
