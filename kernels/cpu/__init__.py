@@ -29,6 +29,7 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
     "avx2": (110, On("cpu", "x86_64", _AVX2)),
     "avx512": (120, On("cpu", "x86_64", _AVX512)),
     "avx512_bf16": (130, On("cpu", "x86_64", _AVX512 | {"avx512_bf16"})),
+    "amx": (140, On("cpu", "x86_64", _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"})),
 }
 """Variant → priority and where it runs."""
 
