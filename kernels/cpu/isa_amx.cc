@@ -8,6 +8,7 @@
 // Told by hand: whether a target pragma defines the compiler's own macros depends on its version (GCC 12: no).
 #define TOKENSPEED_FUSED_BITS 512
 #define TOKENSPEED_BFLOAT16_PRODUCTS
+#define TOKENSPEED_TILES
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")

@@ -81,6 +81,7 @@ constexpr int LINEAR_ROWS = 8;      // few: weight rows that share one pass over
 constexpr int LINEAR_PANEL = 1024;  // few: elements of a row between two reductions of the sums
 constexpr int LINEAR_BLOCK = 252;   // many: tokens that share a strip of transposed weights
 constexpr int LINEAR_DEPTH = 256;   // many: elements of a row in a strip
+constexpr int PAIRS_FEW = 32;       // pairs: tokens up to which quantised weights are not rounded
 constexpr int PAIR_ROWS = 16;       // pairs: tokens of a tile
 constexpr int PAIR_PANELS = 4;      // pairs: panels that share one pass over the tokens
 constexpr int PAIR_BLOCK = 256;     // pairs: tokens that share a panel while it is in the cache
@@ -112,7 +113,7 @@ constexpr int64_t pair_tokens(int64_t tokens) {
     return (tokens + rows - 1) / rows * rows;
 }
 constexpr int64_t pair_floats(int64_t tokens, int64_t groups) { return pair_tokens(tokens) * groups * (GROUP / 2 + 1); }
-constexpr int64_t pair_scratch(int64_t tokens) { return 6144 + PAIR_PANELS * PANEL_ROWS * pair_tokens(tokens); }
+constexpr int64_t pair_scratch(int64_t tokens) { return 10240 + PAIR_PANELS * PANEL_ROWS * pair_tokens(tokens); }
 
 // What each instruction set provides for each type. Elementwise functions work on tokens [begin, end).
 // A partial of a split is num_heads × (head_dim accumulators, maximum, sum).

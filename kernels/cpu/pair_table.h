@@ -2,19 +2,20 @@
 // namespace, after pair_vectors.h or pair_tiles.h.
 
 namespace {
-template <class F>
-constexpr void use_pairs(Kernels& kernels, Form form) {
-    kernels.forms[static_cast<int>(form)].pairs_pack = pairs_pack<F::MINIMUMS>;
-    kernels.forms[static_cast<int>(form)].pairs = scaled_pairs<F>;
+template <bool SUMS, class Pairs>
+constexpr void use_pairs(Kernels& kernels, Form form, Pairs pairs) {
+    kernels.forms[static_cast<int>(form)].pairs_pack = pairs_pack<SUMS>;
+    kernels.forms[static_cast<int>(form)].pairs = pairs;
 }
 
 constexpr Kernels with_pairs(Kernels kernels) {
-    kernels.forms[static_cast<int>(Form::panels)].pairs_pack = pairs_pack<false>;
-    kernels.forms[static_cast<int>(Form::panels)].pairs = plain_pairs;
-    use_pairs<NibblePairs<Half, false>>(kernels, Form::q4_0);
-    use_pairs<NibblePairs<Half, true>>(kernels, Form::q4_1);
-    use_pairs<NibblePairs<float, true>>(kernels, Form::q4_k);
-    use_pairs<BytePairs>(kernels, Form::q8_0);
+    use_pairs<false>(kernels, Form::panels, plain_pairs);
+#ifdef TOKENSPEED_TILES
+    use_pairs<true>(kernels, Form::q4_0, scaled_pairs<NibblePairs<Half, false>>);
+    use_pairs<true>(kernels, Form::q4_1, scaled_pairs<NibblePairs<Half, true>>);
+    use_pairs<true>(kernels, Form::q4_k, scaled_pairs<NibblePairs<float, true>>);
+    use_pairs<false>(kernels, Form::q8_0, scaled_pairs<BytePairs>);
+#endif
     return kernels;
 }
 }  // namespace
