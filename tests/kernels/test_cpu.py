@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.cpu import _ops
+from tokenspeed.kernels.cpu.linear import BFLOAT16_FEATURES
 from tokenspeed.kernels.numerics.attention_cases import Paged
 from tokenspeed.kernels.platform import Platform
 
@@ -93,11 +94,18 @@ def test_a_token_of_a_small_product_has_the_same_bits_alone(
     assert torch.equal(linear(x[:tokens], weight, bias), alone)
 
 
+def ours(x: Tensor) -> None:
+    """Skip what `linear` leaves to torch, which promises no bits."""
+    if x.dtype is torch.bfloat16 and not TARGET.platform.isa.isdisjoint(BFLOAT16_FEATURES):
+        pytest.skip("many bfloat16 tokens are torch's here")
+
+
 @pytest.mark.parametrize("begin", [0, 5, 123])
 def test_a_token_of_a_large_product_has_the_same_bits_in_any_chunk(
     begin: int, operands: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     x, weight, bias = operands
+    ours(x)
     linear = product(x.dtype)
     chunk = linear(x[begin : begin + _ops.LINEAR_FEW + 1], weight, bias)
     assert torch.equal(chunk, linear(x, weight, bias)[begin : begin + _ops.LINEAR_FEW + 1])
@@ -108,6 +116,8 @@ def test_the_number_of_threads_changes_no_bit_of_a_product(
     tokens: int, operands: tuple[Tensor, Tensor, Tensor], restored_threads: None
 ) -> None:
     x, weight, bias = operands
+    if tokens > _ops.LINEAR_FEW:
+        ours(x)
     results = []
     for threads in (1, 2, 3, 7, 40):
         torch.set_num_threads(threads)
@@ -276,7 +286,7 @@ def test_nothing_to_do_is_done() -> None:
     assert decode()(torch.empty(0, 6, 64), blocks, blocks, table, no_rows, (), 1.0).shape == (0, 6, 64)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_an_instruction_set_opens_only_where_it_is_supported(isa: _ops.Isa) -> None:
     if _ops.supports(isa):
         _ops.Kernels(isa, "float32")
