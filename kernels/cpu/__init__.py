@@ -35,13 +35,20 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
 # The widest vector has 16 floats and a head is a whole number of them.
 _HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
 _PACKED: Mapping[str, Condition] = {"matrix_form": OneOf(frozenset(FORMS) - {ROWS})}
+_LATENT: Mapping[str, Condition] = {"kv_lora_rank": Multiple(16), "rope_dim": Multiple(16)}
+# A token's choice is kept in registers and on the stack.
+_ROUTE: Mapping[str, Condition] = {"top_k": Multiple(at_most=64), "num_groups": Multiple(at_most=64)}
 TRAITS: Mapping[str, Mapping[str, Condition]] = {
     "gqa_block_decode": _HEADS,
     "linear": {},
     "lm_head": {},
     "mha_decode": _HEADS,
     "mha_prefill": _HEADS,
+    "mla_decode": _LATENT,
+    "mla_prefill": _LATENT,
     "mlp_block_decode": {},
+    "moe_experts": {},
+    "moe_route": _ROUTE,
     "packed_embedding": _PACKED,
     "packed_linear": _PACKED,
     "packed_lm_head": _PACKED,
