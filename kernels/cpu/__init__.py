@@ -8,6 +8,9 @@ its batch, nor on the number of threads, nor on how a prompt was chunked. `linea
 step are one call each (`blocks.cc`). `embedding` of a plain table is torch's here.
 
 Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
+
+Of experts there are `linear`'s two orders of sums (`moe_experts.py`); a chunk of latent attention is absorbed or
+expanded by its length (`mla_prefill.py`), so there the bits do depend on how a prompt was chunked.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from tokenspeed.kernels.numerics.case import Arguments, worst_error
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.reference.mla_prefill import mla_prefill as reference
 
-TARGET = ops.Target(Platform.of(torch.device("cpu")), torch.float32)
-LATENT = {"num_heads": 5, "kv_lora_rank": 64, "rope_dim": 16, "block_size": 16}
+CPU = Platform.of(torch.device("cpu"))
+TARGET = ops.Target(CPU, torch.float32)
+LATENT = {"num_heads": 5, "kv_lora_rank": 64, "rope_dim": 32, "block_size": 16}
 EXPANDED = LATENT | {"nope_dim": 24, "v_dim": 20}
 LENGTHS = (700, 3, 65)
 
@@ -32,42 +33,52 @@ def restored_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-decode = partial(ops.mla_decode, TARGET, **LATENT)
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def decode(dtype: torch.dtype = torch.float32) -> ops.MlaDecode:
+    return ops.mla_decode(ops.Target(CPU, dtype), **LATENT)
+
+
 prefill = partial(ops.mla_prefill, TARGET, **EXPANDED)
 
 
-def decoding(generator: torch.Generator, queries: int = 2) -> Arguments:
-    return mla_decode_arguments(LENGTHS, 5, queries, 16, 64, 16, generator, torch.float32)
+def decoding(generator: torch.Generator, queries: int = 2, dtype: torch.dtype = torch.float32) -> Arguments:
+    return mla_decode_arguments(LENGTHS, 5, queries, 16, 64, 32, generator, dtype)
 
 
 def chunks(generator: torch.Generator, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Arguments:
     return mla_prefill_arguments(query_lens, kv_lens, EXPANDED, generator, torch.float32)
 
 
-def test_a_row_has_the_same_bits_alone_and_in_a_batch(generator: torch.Generator) -> None:
-    q_latent, q_rope, cache, table, kv_len, scale = decoding(generator)
-    together = decode()(q_latent, q_rope, cache, table, kv_len, scale)
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(generator: torch.Generator, dtype: torch.dtype) -> None:
+    q_latent, q_rope, cache, table, kv_len, scale = decoding(generator, dtype=dtype)
+    together = decode(dtype)(q_latent, q_rope, cache, table, kv_len, scale)
     for row in range(3):
         one = slice(row, row + 1)
-        alone = decode()(q_latent[one], q_rope[one], cache, table[one], kv_len[one], scale)
+        alone = decode(dtype)(q_latent[one], q_rope[one], cache, table[one], kv_len[one], scale)
         assert torch.equal(alone[0], together[row])
 
 
-def test_a_query_has_the_same_bits_alone_and_before_others(generator: torch.Generator) -> None:
-    q_latent, q_rope, cache, table, kv_len, scale = decoding(generator, queries=3)
-    together = decode()(q_latent, q_rope, cache, table, kv_len, scale)
+def test_a_query_has_the_same_bits_alone_and_before_others(generator: torch.Generator, dtype: torch.dtype) -> None:
+    q_latent, q_rope, cache, table, kv_len, scale = decoding(generator, dtype=dtype, queries=3)
+    together = decode(dtype)(q_latent, q_rope, cache, table, kv_len, scale)
     for query in range(3):
         at = slice(query, query + 1)
-        alone = decode()(q_latent[:, at], q_rope[:, at], cache, table, kv_len - 2 + query, scale)
+        alone = decode(dtype)(q_latent[:, at], q_rope[:, at], cache, table, kv_len - 2 + query, scale)
         assert torch.equal(alone[:, 0], together[:, query])
 
 
-def test_the_number_of_threads_changes_no_bit(generator: torch.Generator, restored_threads: None) -> None:
-    decoded, prompts = decoding(generator), chunks(generator, (300, 2, 40), (700, 60, 40))
+def test_the_number_of_threads_changes_no_bit(
+    generator: torch.Generator, dtype: torch.dtype, restored_threads: None
+) -> None:
+    decoded, prompts = decoding(generator, dtype=dtype), chunks(generator, (300, 2, 40), (700, 60, 40))
     results = []
     for threads in (1, 2, 5, 40):
         torch.set_num_threads(threads)
-        results.append((decode()(*decoded), prefill()(*prompts)))
+        results.append((decode(dtype)(*decoded), prefill()(*prompts)))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -89,14 +100,16 @@ def test_absorbed_and_expanded_agree_with_the_reference(new: int, generator: tor
     assert worst_error(prefill()(q, cache, *rest, k_up, v_up, scale), wanted) < 1e-5
 
 
-def test_queries_that_see_nothing_give_zeros_and_leave_the_others_alone(generator: torch.Generator) -> None:
-    q_latent, q_rope, cache, table, kv_len, scale = decoding(generator, queries=2)
-    whole = decode()(q_latent, q_rope, cache, table, kv_len, scale)
+def test_queries_that_see_nothing_give_zeros_and_leave_the_others_alone(
+    generator: torch.Generator, dtype: torch.dtype
+) -> None:
+    q_latent, q_rope, cache, table, kv_len, scale = decoding(generator, dtype=dtype, queries=2)
+    whole = decode(dtype)(q_latent, q_rope, cache, table, kv_len, scale)
     kv_len[1], table[1, 1:] = 1, -1
-    out = decode()(q_latent, q_rope, cache, table, kv_len, scale)
+    out = decode(dtype)(q_latent, q_rope, cache, table, kv_len, scale)
     assert not out[1, 0].any() and out[1, 1].any() and torch.equal(out[::2], whole[::2])
     kv_len[1], table[1] = 0, -1
-    assert not decode()(q_latent, q_rope, cache, table, kv_len, scale)[1].any()
+    assert not decode(dtype)(q_latent, q_rope, cache, table, kv_len, scale)[1].any()
 
 
 @pytest.mark.parametrize("bad", [-1, 1_000_000])
