@@ -2,8 +2,8 @@
 
 The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats, and
 `avx512_bf16` multiplies pairs of bfloat16 in one instruction. `amx` is `avx512_bf16` with tile instructions for packed
-weights and bfloat16 tokens (`pair_tiles.h`); being declared for nothing else, it makes panels the form of plain
-matrices there (`selection.plain_form`). Sums and exponentials are in float32.
+weights and bfloat16 tokens (`pair_tiles.h`), which makes panels the form of plain matrices there
+(`selection.plain_form`), and for latent attention (`mla_tiles.h`). Sums and exponentials are in float32.
 Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
 its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
 32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised ones in
@@ -66,8 +66,8 @@ TRAITS: Mapping[str, Mapping[str, Condition]] = {
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
-TILED = ("gqa_block_decode", "mlp_block_decode", "packed_linear", "packed_lm_head")
-"""The ops that `amx` does better than `avx512_bf16`, where a matrix is packed."""
+TILED = ("gqa_block_decode", "mla_decode", "mla_prefill", "mlp_block_decode", "packed_linear", "packed_lm_head")
+"""The ops that `amx` does better than `avx512_bf16`: where a matrix is packed, and latent attention."""
 
 
 def implementations() -> tuple[Implementation, ...]:
