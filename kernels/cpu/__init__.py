@@ -2,8 +2,8 @@
 
 The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats, and
 `avx512_bf16` multiplies pairs of bfloat16 in one instruction. `amx` is `avx512_bf16` with tile instructions for packed
-weights and bfloat16 tokens (`pair_tiles.h`); being declared for nothing else, it makes panels the form of plain
-matrices there (`selection.plain_form`). Sums and exponentials are in float32.
+weights and bfloat16 tokens (`pair_tiles.h`), which makes panels the form of plain matrices there
+(`selection.plain_form`), and for latent attention (`mla_tiles.h`). Sums and exponentials are in float32.
 Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
 its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
 32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised ones in
@@ -11,6 +11,9 @@ tiles two (`pairs.h`). Blocks of a decode step are one call each (`blocks.cc`). 
 here.
 
 Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
+
+Of experts there are `linear`'s two orders of sums (`moe_experts.py`); a chunk of latent attention is absorbed or
+expanded by its length (`mla_prefill.py`), so there the bits do depend on how a prompt was chunked.
 """
 
 from __future__ import annotations
@@ -39,13 +42,20 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
 # The widest vector has 16 floats and a head is a whole number of them.
 _HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
 _PACKED: Mapping[str, Condition] = {"matrix_form": OneOf(frozenset(FORMS) - {ROWS})}
+_LATENT: Mapping[str, Condition] = {"kv_lora_rank": Multiple(16), "rope_dim": Multiple(16)}
+# A token's choice is kept in registers and on the stack.
+_ROUTE: Mapping[str, Condition] = {"top_k": Multiple(at_most=64), "num_groups": Multiple(at_most=64)}
 TRAITS: Mapping[str, Mapping[str, Condition]] = {
     "gqa_block_decode": _HEADS,
     "linear": {},
     "lm_head": {},
     "mha_decode": _HEADS,
     "mha_prefill": _HEADS,
+    "mla_decode": _LATENT,
+    "mla_prefill": _LATENT,
     "mlp_block_decode": {},
+    "moe_experts": {},
+    "moe_route": _ROUTE,
     "packed_embedding": _PACKED,
     "packed_linear": _PACKED,
     "packed_lm_head": _PACKED,
@@ -57,8 +67,8 @@ TRAITS: Mapping[str, Mapping[str, Condition]] = {
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
-TILED = ("gqa_block_decode", "mlp_block_decode", "packed_linear", "packed_lm_head")
-"""The ops that `amx` does better than `avx512_bf16`, where a matrix is packed."""
+TILED = ("gqa_block_decode", "mla_decode", "mla_prefill", "mlp_block_decode", "packed_linear", "packed_lm_head")
+"""The ops that `amx` does better than `avx512_bf16`: where a matrix is packed, and latent attention."""
 
 
 def implementations() -> tuple[Implementation, ...]:

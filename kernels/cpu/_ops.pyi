@@ -194,3 +194,104 @@ class MlpBlock:
         threads: int,
     ) -> None:
         """As `GqaBlock.run`."""
+
+ROUTE_MOST: int
+"""Experts that a token may name, and groups of experts."""
+
+class MoeRoute:
+    """The choice of one model's experts. `top_groups` of the `groups` must hold `top_k` experts."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        experts: int,
+        top_k: int,
+        num_shared: int,
+        groups: int,
+        top_groups: int,
+        sigmoid: bool,
+        normalise: bool,
+    ) -> None: ...
+    def run(
+        self,
+        logits: int,
+        stride: int,
+        float_logits: bool,
+        bias: int,
+        scale: float,
+        tokens: int,
+        num_tokens: int,
+        ids: int,
+        weights: int,
+        threads: int,
+    ) -> None:
+        """`bias` and `num_tokens` are 0 where there is none. With `float_logits` the logits are float32."""
+
+class MoeExperts:
+    """The experts' feed-forward in one layer's shape."""
+
+    def __init__(self, kernels: Kernels, experts: int, hidden: int, inner: int) -> None: ...
+    def run(
+        self,
+        x: int,
+        x_stride: int,
+        gate_up: int,
+        down: int,
+        ids: int,
+        weights: int,
+        tokens: int,
+        slots: int,
+        out: int,
+        threads: int,
+    ) -> None:
+        """`IndexError` on an expert that does not exist; nothing is written then."""
+
+class MlaDecode:
+    """Absorbed latent attention in one model's shape."""
+
+    def __init__(self, kernels: Kernels, num_heads: int, rank: int, rope: int, block_size: int) -> None: ...
+    def run(
+        self,
+        q_latent: int,
+        q_strides: tuple[int, ...],
+        q_rope: int,
+        rope_strides: tuple[int, ...],
+        cache: int,
+        num_blocks: int,
+        block_table: int,
+        table_stride: int,
+        table_width: int,
+        kv_len: int,
+        rows: int,
+        queries: int,
+        scale: float,
+        out: int,
+        threads: int,
+    ) -> None:
+        """Strides of rows, queries and heads. `IndexError` on a row that is out of range; nothing is written then."""
+
+class MlaPrefill:
+    """Expanded latent attention of one row in one model's shape."""
+
+    def __init__(
+        self, kernels: Kernels, num_heads: int, nope: int, v_dim: int, rank: int, rope: int, block_size: int
+    ) -> None: ...
+    def run(
+        self,
+        q: int,
+        q_stride: int,
+        cache: int,
+        num_blocks: int,
+        block_table: int,
+        table_width: int,
+        kv_len: int,
+        tokens: int,
+        k_up: int,
+        k_up_stride: int,
+        v_up: int,
+        v_up_stride: int,
+        scale: float,
+        out: int,
+        threads: int,
+    ) -> None:
+        """`IndexError` on lengths or blocks that are out of range; nothing is written then."""

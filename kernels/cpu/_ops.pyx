@@ -326,3 +326,7 @@ cdef Stream stream(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t re
     s.gain, s.eps, s.y, s.residual_out = <const void*> gain, eps, <void*> y, <void*> residual_out
     s.tokens = tokens
     return s
+
+
+include "_moe.pxi"
+include "_mla.pxi"

@@ -1,6 +1,7 @@
 // x86-64 with AVX-512, its bfloat16 products and AMX tiles of bfloat16: what tiles do better, the rest is isa_avx512_bf16.cc's.
 // Everything compiled for it is local to this file: the linker must never pick such a function for another.
 #include "kernels.h"
+#include "mla.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,12 +28,14 @@ constexpr int LANES = 16;
 #include "panels.h"
 #include "pairs.h"
 #include "pair_tiles.h"
+#include "attention_decode.h"
+#include "mla_tiles.h"
 }  // namespace
 #include "pair_table.h"
 
 const Kernels* table(Type type) {
     if (type == Type::f32) return avx512_bf16::table(type);
-    static const Kernels bf16 = with_pairs(*avx512_bf16::table(type));
+    static const Kernels bf16 = with_latent_tiles(with_pairs(*avx512_bf16::table(type)));
     return &bf16;
 }
 }  // namespace tokenspeed::cpu::amx

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "forms.h"
+#include "moe.h"
 
 namespace tokenspeed::cpu {
 
@@ -75,6 +76,12 @@ struct Linear {
     int64_t panels() const { return (rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 };
 
+struct LatentDecode;  // mla.h
+struct LatentSplit;
+struct LatentPrefill;
+struct ExpandedHeads;
+struct HeadTile;
+
 constexpr int LINEAR_FEW = 32;      // tokens up to which weights are used as they lie
 constexpr int PANELS_FEW = 4;       // tokens up to which packed weights are unpacked in registers
 constexpr int LINEAR_ROWS = 8;      // few: weight rows that share one pass over the tokens
@@ -139,6 +146,17 @@ struct Kernels {
                              int64_t last_row, float* scratch);
     void (*panels_widen)(const Linear&, int64_t begin, int64_t end, float* widened);
     FormKernels forms[NUM_FORMS];  // by Form; `rows` has none
+    void (*moe_route)(const Route&, int64_t begin, int64_t end, float* scratch);
+    void (*add_weighted)(float* sums, const float* values, float weight, int64_t size);
+    void (*round_all)(const float* values, void* out, int64_t size);
+    int64_t (*latent_split_scratch)(const LatentDecode&, int rows);
+    void (*latent_split)(const LatentDecode&, const LatentSplit&, float* partial, float* scratch);
+    void (*latent_combine)(const LatentDecode&, int row, int first, int last, const float* partials, int splits);
+    void (*latent_project)(const LatentPrefill&, const ExpandedHeads&, int head);
+    int64_t (*latent_expand_scratch)(const LatentPrefill&);
+    void (*latent_expand)(const LatentPrefill&, const ExpandedHeads&, int tile, int first, int last, float* scratch);
+    int64_t (*latent_tile_scratch)(const LatentPrefill&);
+    void (*latent_tile)(const LatentPrefill&, const ExpandedHeads&, const HeadTile&, float* scratch);
 };
 
 // Whether this processor runs it, and this build has it.

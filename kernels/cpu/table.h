@@ -22,6 +22,17 @@ constexpr Kernels table_of() {
         .panels_widen = panels_widen<T>,
         .forms = {{}, form_of<typename PlainOf<T>::type, T>(), form_of<Nibbles<Half, false>, T>(),
                   form_of<Nibbles<Half, true>, T>(), form_of<Nibbles<float, true>, T>(), form_of<Bytes, T>()},
+        .moe_route = moe_route<T>,
+        .add_weighted = add_weighted,
+        .round_all = round_all<T>,
+        .latent_split_scratch = latent_split_scratch,
+        .latent_split = latent_split<T>,
+        .latent_combine = latent_combine<T>,
+        .latent_project = latent_project<T>,
+        .latent_expand_scratch = latent_expand_scratch,
+        .latent_expand = latent_expand<T>,
+        .latent_tile_scratch = latent_tile_scratch,
+        .latent_tile = latent_tile<T>,
     };
 }
 }  // namespace
