@@ -5,7 +5,8 @@ The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4
 Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
 its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
 32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`). Blocks of a decode
-step are one call each (`blocks.cc`). `embedding` of a plain table is torch's here.
+step are one call each, and so are all layers of a dense decoder (`blocks.cc`). `embedding` of a plain table is
+torch's here.
 
 Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
 """
@@ -48,6 +49,7 @@ TRAITS: Mapping[str, Mapping[str, Condition]] = {
     "rms_norm": {},
     "rotary": {},
     "silu_mul": {},
+    "stack_decode": _HEADS,
 }
 """Op with variants → its restrictions. The module of the same name has its launcher."""
 

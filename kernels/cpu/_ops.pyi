@@ -194,3 +194,16 @@ class MlpBlock:
         threads: int,
     ) -> None:
         """As `GqaBlock.run`."""
+
+class Stack:
+    """The layers of a dense decoder. Whoever holds it keeps their memory."""
+
+    def __init__(self, kernels: Kernels) -> None: ...
+    def add(self, attention: GqaBlock, attention_gain: int, mlp: MlpBlock, mlp_gain: int, eps: float) -> None:
+        """One more layer, of the sizes of those before, over as many positions and as many blocks of a cache."""
+
+    def run(
+        self, rows: BlockRows, x: int, x_stride: int, gain: int, eps: float, y: int, tokens: int, threads: int
+    ) -> None:
+        """All layers, then the norm of `gain` and `eps`. `IndexError` on a row that is out of range; nothing is written
+        then. `ValueError` without a layer."""

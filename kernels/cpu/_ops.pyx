@@ -1,6 +1,7 @@
 """The door to the C++ kernels: addresses in, errors out, no GIL in between. Its types are in _ops.pyi."""
 
 from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libcpp.vector cimport vector
 
 
 cdef extern from "parallel.h" namespace "tokenspeed::cpu" nogil:
@@ -131,9 +132,26 @@ cdef extern from "blocks.h" namespace "tokenspeed::cpu" nogil:
         CMatrix gate_up
         CMatrix down
 
+    cdef cppclass StackLayer:
+        CGqaBlock attention
+        CMlpBlock mlp
+        const void* attention_gain
+        const void* mlp_gain
+        float eps
+
+    cdef cppclass Passage:
+        const void* x
+        const void* gain
+        void* y
+        int64_t x_stride
+        int64_t tokens
+        float eps
+
     int64_t c_gqa_block "tokenspeed::cpu::gqa_block"(
         const Table&, const CGqaBlock&, const CBlockRows&, const Stream&, int) except +
     void c_mlp_block "tokenspeed::cpu::mlp_block"(const Table&, const CMlpBlock&, const Stream&, int) except +
+    int64_t c_stack "tokenspeed::cpu::stack"(
+        const Table&, const vector[StackLayer]&, const CBlockRows&, const Passage&, int) except +
 
 
 cdef dict ISAS = {"portable": <int> Isa.portable, "avx2": <int> Isa.avx2, "avx512": <int> Isa.avx512,
@@ -316,6 +334,35 @@ cdef class MlpBlock:
         cdef Stream s = stream(x, x_stride, residual, residual_stride, gain, eps, y, residual_out, tokens)
         with nogil:
             c_mlp_block(self.kernels.table[0], self.block, s, threads)
+
+
+cdef class Stack:
+    """The layers of a dense decoder."""
+
+    cdef Kernels kernels
+    cdef vector[StackLayer] layers
+
+    def __cinit__(self, Kernels kernels):
+        self.kernels = kernels
+
+    def add(self, GqaBlock attention, uintptr_t attention_gain, MlpBlock mlp, uintptr_t mlp_gain, float eps):
+        cdef StackLayer layer
+        layer.attention, layer.mlp, layer.eps = attention.block, mlp.block, eps
+        layer.attention_gain, layer.mlp_gain = <const void*> attention_gain, <const void*> mlp_gain
+        self.layers.push_back(layer)
+
+    def run(self, BlockRows rows, uintptr_t x, int64_t x_stride, uintptr_t gain, float eps, uintptr_t y,
+            int64_t tokens, int threads):
+        cdef Passage p
+        cdef int64_t bad
+        if self.layers.empty():
+            raise ValueError("a stack without layers")
+        p.x, p.x_stride, p.gain, p.y = <const void*> x, x_stride, <const void*> gain, <void*> y
+        p.tokens, p.eps = tokens, eps
+        with nogil:
+            bad = c_stack(self.kernels.table[0], self.layers, rows.rows, p, threads)
+        if bad != OK:
+            raise IndexError(f"stack_decode: position, slot, length or a block of row {bad} is out of range")
 
 
 cdef Stream stream(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t gain,
