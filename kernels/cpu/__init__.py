@@ -48,6 +48,7 @@ TRAITS: Mapping[str, Mapping[str, Condition]] = {
     "packed_lm_head": _PACKED,
     "rms_norm": {},
     "rotary": {},
+    "sample": {},
     "silu_mul": {},
     "stack_decode": _HEADS,
 }

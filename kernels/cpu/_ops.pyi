@@ -207,3 +207,32 @@ class Stack:
     ) -> None:
         """All layers, then the norm of `gain` and `eps`. `IndexError` on a row that is out of range; nothing is written
         then. `ValueError` without a layer."""
+
+class SamplerTables:
+    """The addresses of a `SamplerState`'s tables, in its order. Whoever holds it keeps their memory."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        num_slots: int,
+        vocab: int,
+        mask_words: int,
+        features: int,
+        temperature: int,
+        top_k: int,
+        top_p: int,
+        min_p: int,
+        repetition: int,
+        presence: int,
+        frequency: int,
+        min_length: int,
+        seed: int,
+        length: int,
+        last_token: int,
+        bias: int,
+        seen: int,
+        mask: int,
+    ) -> None: ...
+    def sample(self, logits: int, slots: int, tokens: int, rows: int, threads: int) -> None:
+        """A token for each row of logits [rows, vocab], which are overwritten. `IndexError` on a slot past the tables;
+        nothing is written then."""

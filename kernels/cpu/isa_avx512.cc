@@ -1,6 +1,7 @@
 // x86-64 with AVX-512 F, BW, DQ and VL.
 // Everything compiled for it is local to this file: the linker must never pick such a function for another.
 #include "kernels.h"
+#include "sampling_cut.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -22,6 +23,7 @@ constexpr int LANES = 16;
 #include "panels.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
+#include "sampling.h"
 }  // namespace
 #include "table.h"
 }  // namespace tokenspeed::cpu::avx512
