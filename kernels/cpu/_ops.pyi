@@ -11,6 +11,9 @@ Matrix = tuple[int, int, int, int, int, Form]
 LINEAR_FEW: int
 """Tokens up to which `Kernels.linear` reads weights as they lie; beyond, it transposes them first."""
 
+MAX_THREADS: int
+"""Threads of a run at most, the calling one among them."""
+
 def num_helpers() -> int:
     """Threads that this process has started for the kernels so far, the calling ones not counted."""
 

@@ -5,6 +5,7 @@ from libcpp.vector cimport vector
 
 
 cdef extern from "parallel.h" namespace "tokenspeed::cpu" nogil:
+    const int c_max_threads "tokenspeed::cpu::MAX_THREADS"
     int c_num_helpers "tokenspeed::cpu::num_helpers"()
 
 
@@ -186,6 +187,7 @@ cdef dict FORMS = {"rows": <int> Form.rows, "panels": <int> Form.panels, "q4_0":
                    "q4_1": <int> Form.q4_1, "q4_k": <int> Form.q4_k, "q8_0": <int> Form.q8_0}
 
 LINEAR_FEW = c_linear_few
+MAX_THREADS = c_max_threads
 
 
 def num_helpers():
