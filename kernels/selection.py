@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from tokenspeed.kernels.forms import PANELS, ROWS
-from tokenspeed.kernels.registry import OPS, PARTS, Implementation, Kernel, Registry, SelectionError, Target, Traits
+from tokenspeed.kernels.registry import OPS, Implementation, Kernel, Registry, SelectionError, Target, Traits, parts_of
 from tokenspeed.kernels.winners import Winner, Winners, by_tokens
 
 ENVIRONMENT = "TOKENSPEED_KERNELS"
@@ -131,7 +131,7 @@ class Selector:
         if unknown:
             raise SelectionError(f"{op} has no trait {', '.join(unknown)}; it has {', '.join(OPS[op]) or 'none'}")
         wanted = forced.get(op)
-        parts = [] if wanted else [part for part in PARTS.get(op, ()) if part in forced]
+        parts = [] if wanted else [part for part in parts_of(op) if part in forced]
         verdicts = [_judge(each, target, traits, wanted, parts) for each in self.registry.of(op)]
         verdicts.sort(key=lambda verdict: (bool(verdict.reasons), -verdict.implementation.priority))
         chosen = verdicts[0].implementation if verdicts and not verdicts[0].reasons else None

@@ -7,8 +7,8 @@ weights and bfloat16 tokens (`pair_tiles.h`), which makes panels the form of pla
 Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
 its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
 32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised ones in
-tiles two (`pairs.h`). Blocks of a decode step are one call each (`blocks.cc`). `embedding` of a plain table is torch's
-here.
+tiles two (`pairs.h`). Blocks of a decode step are one call each, and so are all layers of a dense decoder
+(`blocks.cc`). `embedding` of a plain table is torch's here.
 
 Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
 
@@ -61,7 +61,9 @@ TRAITS: Mapping[str, Mapping[str, Condition]] = {
     "packed_lm_head": _PACKED,
     "rms_norm": {},
     "rotary": {},
+    "sample": {},
     "silu_mul": {},
+    "stack_decode": _HEADS,
 }
 """Op with variants → its restrictions. The module of the same name has its launcher."""
 

@@ -195,6 +195,48 @@ class MlpBlock:
     ) -> None:
         """As `GqaBlock.run`."""
 
+class Stack:
+    """The layers of a dense decoder. Whoever holds it keeps their memory."""
+
+    def __init__(self, kernels: Kernels) -> None: ...
+    def add(self, attention: GqaBlock, attention_gain: int, mlp: MlpBlock, mlp_gain: int, eps: float) -> None:
+        """One more layer, of the sizes of those before, over as many positions and as many blocks of a cache."""
+
+    def run(
+        self, rows: BlockRows, x: int, x_stride: int, gain: int, eps: float, y: int, tokens: int, threads: int
+    ) -> None:
+        """All layers, then the norm of `gain` and `eps`. `IndexError` on a row that is out of range; nothing is written
+        then. `ValueError` without a layer."""
+
+class SamplerTables:
+    """The addresses of a `SamplerState`'s tables, in its order. Whoever holds it keeps their memory."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        num_slots: int,
+        vocab: int,
+        mask_words: int,
+        features: int,
+        temperature: int,
+        top_k: int,
+        top_p: int,
+        min_p: int,
+        repetition: int,
+        presence: int,
+        frequency: int,
+        min_length: int,
+        seed: int,
+        length: int,
+        last_token: int,
+        bias: int,
+        seen: int,
+        mask: int,
+    ) -> None: ...
+    def sample(self, logits: int, slots: int, tokens: int, rows: int, threads: int) -> None:
+        """A token for each row of logits [rows, vocab], which are overwritten. `IndexError` on a slot past the tables;
+        nothing is written then."""
+
 ROUTE_MOST: int
 """Experts that a token may name, and groups of experts."""
 

@@ -2,6 +2,7 @@
 // Everything compiled for it is local to this file: the linker must never pick such a function for another.
 #include "kernels.h"
 #include "mla.h"
+#include "sampling_cut.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,6 +27,7 @@ constexpr int LANES = 8;
 #include "mla_decode.h"
 #include "mla_prefill.h"
 #include "moe_steps.h"
+#include "sampling.h"
 }  // namespace
 #include "table.h"
 }  // namespace tokenspeed::cpu::avx2

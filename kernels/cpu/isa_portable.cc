@@ -1,6 +1,7 @@
 // Every processor: vectors of four floats, which any compiler target has or emulates.
 #include "kernels.h"
 #include "mla.h"
+#include "sampling_cut.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
 
@@ -18,6 +19,7 @@ constexpr int LANES = 4;
 #include "mla_decode.h"
 #include "mla_prefill.h"
 #include "moe_steps.h"
+#include "sampling.h"
 }  // namespace
 #include "table.h"
 }  // namespace tokenspeed::cpu::portable

@@ -96,6 +96,37 @@ constexpr int SPLIT_TOKENS = 256;  // a constant, so that a row's result does no
 constexpr int TILE_TOKENS = 64;    // KV tokens between two rescalings of the online softmax
 constexpr int TILE_ROWS = 96;      // query rows (tokens × heads of the group) that share one pass over the KV
 
+// The tables of sampler_state.py, of `num_slots` slots, and the rows that sample: logits [rows, vocab], overwritten;
+// the slot of each, distinct, or negative for padding; their tokens.
+struct Sampling {
+    float* logits;
+    const int32_t* slots;
+    int32_t* tokens;
+    const int32_t* features;
+    const float* temperature;
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const float* repetition;
+    const float* presence;
+    const float* frequency;
+    const int32_t* min_length;
+    const int64_t* seed;
+    const int64_t* length;
+    int64_t* last_token;
+    const float* bias;
+    int32_t* seen;
+    const int32_t* mask;
+    int64_t vocab;
+    int64_t mask_words;
+    int64_t num_slots;
+};
+
+// Bits of a slot's features and of what it has seen, as sampler_state.py has them.
+constexpr int32_t SAMPLE_RANDOM = 1, SAMPLE_EDITS = 1 << 3, SAMPLE_HISTORY = 1 << 4, SAMPLE_MASKED = 1 << 6;
+constexpr int32_t SEEN_PROMPT = 1 << 28, SEEN_STOP = 1 << 29, SEEN_COUNT = SEEN_PROMPT - 1;
+constexpr int32_t NO_TOKEN = -1;
+
 // Products with one form of packed weights. `x`: tokens widened to packed_stride() floats. Where bfloat16 is multiplied
 // in pairs, tokens are packed as such (pairs.h) in blocks, each of pair_floats(); elsewhere those two are null.
 struct FormKernels {
@@ -145,6 +176,8 @@ struct Kernels {
     void (*linear_many_rows)(const Linear&, const float* widened, int64_t begin, int64_t end, int64_t first_row,
                              int64_t last_row, float* scratch);
     void (*panels_widen)(const Linear&, int64_t begin, int64_t end, float* widened);
+    int64_t (*sample_scratch)(int64_t vocab);
+    int32_t (*sample_row)(const Sampling&, int64_t row, float* scratch);  // or NO_TOKEN
     FormKernels forms[NUM_FORMS];  // by Form; `rows` has none
     void (*moe_route)(const Route&, int64_t begin, int64_t end, float* scratch);
     void (*add_weighted)(float* sums, const float* values, float weight, int64_t size);
@@ -184,6 +217,8 @@ void rms_norm(const Kernels&, const void* x, int64_t x_stride, const void* resid
 void silu_mul(const Kernels&, const void* gate_up, int64_t stride, void* out, int64_t tokens, int64_t size,
               int threads);
 void linear(const Kernels&, const Linear&, int threads);
+// Returns OK, or the first row whose slot is not below num_slots.
+int64_t sample(const Kernels&, const Sampling&, int64_t rows, int threads);
 // Rows of a packed table; or the place of the first id that is not below num_rows.
 int64_t embedding(const Kernels&, Form, const void* table, int64_t num_rows, int64_t columns, const int64_t* ids,
                   int64_t tokens, void* out);

@@ -20,6 +20,8 @@ constexpr Kernels table_of() {
         .linear_many_scratch = linear_many_scratch,
         .linear_many_rows = linear_many_rows<T>,
         .panels_widen = panels_widen<T>,
+        .sample_scratch = sample_scratch,
+        .sample_row = sample_row,
         .forms = {{}, form_of<typename PlainOf<T>::type, T>(), form_of<Nibbles<Half, false>, T>(),
                   form_of<Nibbles<Half, true>, T>(), form_of<Nibbles<float, true>, T>(), form_of<Bytes, T>()},
         .moe_route = moe_route<T>,

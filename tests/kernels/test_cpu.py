@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenspeed.config import MAX_THREADS
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.cpu import _ops
 from tokenspeed.kernels.cpu.linear import BFLOAT16_FEATURES
@@ -195,6 +196,30 @@ assert os.waitpid(child, 0)[1] == 0
 assert torch.equal(linear(x, weight), y[-1])
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_more_threads_than_the_one_core_that_is_allowed_end_with_the_same_bits() -> None:
+    # In a process of its own, whose affinity is its own. A helper that has no core may not be waited for by spinning.
+    script = """
+import os, torch
+from tokenspeed.kernels import ops
+from tokenspeed.kernels.cpu import _ops
+from tokenspeed.kernels.platform import Platform
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+linear = ops.linear(ops.Target(Platform.of(torch.device("cpu")), torch.float32))
+x, weight = torch.randn(4, 576), torch.randn(3072, 576)
+torch.set_num_threads(1)
+wanted = linear(x, weight)
+for threads in (5, 1000):
+    torch.set_num_threads(threads)
+    assert all(torch.equal(linear(x, weight), wanted) for _ in range(20))
+    assert _ops.num_helpers() < _ops.MAX_THREADS
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_the_flag_for_threads_allows_as_many_as_the_pool_has() -> None:
+    assert MAX_THREADS == _ops.MAX_THREADS
 
 
 @pytest.mark.parametrize("bad", [-1, 1_000_000])

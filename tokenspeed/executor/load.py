@@ -15,7 +15,7 @@ from tokenspeed.batch import BatchLimits
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import resolve
 from tokenspeed.checkpoint.weights import default_dtype, load_weights, stored_forms
-from tokenspeed.config import EngineConfig
+from tokenspeed.config import MAX_THREADS, EngineConfig
 from tokenspeed.errors import ConfigError
 from tokenspeed.executor.cpu import CpuExecutor
 from tokenspeed.executor.device_step import Model
@@ -156,7 +156,7 @@ def started(
             torch.set_num_threads(num_threads)
         executor, where = start_gpu(model, ctx, needs, world)
     else:
-        num_threads = num_threads or max(1, available_cpus() // place.local_world)
+        num_threads = num_threads or min(MAX_THREADS, max(1, available_cpus() // place.local_world))
         executor = CpuExecutor(
             model,
             num_blocks=fits if world is None else world.least(fits),
