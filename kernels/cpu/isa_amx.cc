@@ -1,5 +1,6 @@
-// x86-64 with AVX-512, its bfloat16 products and AMX tiles of bfloat16: what tiles do better, the rest is isa_avx512_bf16.cc's.
-// Everything compiled for it is local to this file: the linker must never pick such a function for another.
+// x86-64 with AVX-512, its bfloat16 products and AMX tiles of bfloat16: what tiles do better, the rest is
+// isa_avx512_bf16.cc's. Everything compiled for it is local to this file: the linker must never pick such a function
+// for another.
 #include "kernels.h"
 #include "mla.h"
 

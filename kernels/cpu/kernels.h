@@ -135,8 +135,8 @@ struct FormKernels {
                  float* scratch);
     void (*row)(const void* table, int64_t row, int64_t columns, void* out);
     void (*pairs_pack)(const Linear&, int64_t begin, int64_t end, float* packed) = nullptr;
-    void (*pairs)(const Linear&, const float* packed, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
-                  float* scratch) = nullptr;
+    void (*pairs)(const Linear&, const float* packed, int64_t begin, int64_t end, int64_t first_panel,
+                  int64_t last_panel, float* scratch) = nullptr;
 };
 
 // Tokens of each tile of a block of so many: all of them or PAIR_ROWS, as a power of two.

@@ -1,8 +1,8 @@
-// The products of pairs.h in AMX tiles: 16 tokens × 32 columns times 32 columns × 16 rows an instruction. Included by isa_amx.cc
-// inside its namespace, after pairs.h.
+// The products of pairs.h in AMX tiles: 16 tokens × 32 columns times 32 columns × 16 rows an instruction. Included by
+// isa_amx.cc inside its namespace, after pairs.h.
 //
-// Instructions are written out: compilers offer them only where the whole file may use them. No compiler keeps anything in
-// a tile. Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights.
+// Instructions are written out: compilers offer them only where the whole file may use them. No compiler keeps
+// anything in a tile. Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights.
 
 struct TileShapes {
     alignas(64) uint8_t palette = 1;
@@ -51,11 +51,12 @@ template <int N, class Body>
 }
 
 // sums (from zero if `first`) += T tiles of tokens · P panels of weights, `depth` groups of each. A tile's sums are
-// `sums_stride` floats behind those of the one before, a panel's follow each other. The first tokens bring the weights from
-// memory, and those AHEAD are fetched; behind a panel's end comes its successor in this stream, P panels on.
+// `sums_stride` floats behind those of the one before, a panel's follow each other. The first tokens bring the
+// weights from memory, and those AHEAD are fetched; behind a panel's end comes its successor in this stream, P panels
+// on.
 template <int T, int P, bool FETCH>
-inline void multiply_tiles(const char* x, int64_t x_stride, int rows, const char* weight, int64_t panel_bytes, int64_t depth,
-                           int64_t left, bool first, float* sums, int64_t sums_stride) {
+inline void multiply_tiles(const char* x, int64_t x_stride, int rows, const char* weight, int64_t panel_bytes,
+                           int64_t depth, int64_t left, bool first, float* sums, int64_t sums_stride) {
     static_assert(T * P <= 4);
     constexpr int64_t AHEAD = T == 1 ? 4 : 2;
     const int64_t size = rows * PANEL_ROWS;
@@ -89,8 +90,8 @@ inline void multiply_tiles(const char* x, int64_t x_stride, int rows, const char
     });
 }
 
-// Panels [first, last) against one block of tokens, as many as PANELS together. words(first panel, their number, first group,
-// groups, stride) gives bfloat16 words of a strip of them, and sets the bytes from panel to panel.
+// Panels [first, last) against one block of tokens, as many as PANELS together. words(first panel, their number,
+// first group, groups, stride) gives bfloat16 words of a strip of them, and sets the bytes from panel to panel.
 template <int PANELS, bool FETCH, class Words_>
 inline void strips_of_tiles(const Linear& a, const Pairs& x, int64_t begin, int64_t first, int64_t last, int64_t depth,
                             float* sums, const Words_& words) {
@@ -129,7 +130,8 @@ inline void plain_pairs(const Linear& a, const float* packed, int64_t begin, int
         return static_cast<const char*>(a.weight) + panel * panel_bytes + g * GROUP_BYTES;
     };
     if (x.tiles == 1) return strips_of_tiles<4, true>(a, x, begin, first, last, x.groups + 1, scratch, words);
-    strips_of_tiles<2, true>(a, x, begin, first, last, x.tiles == 2 ? x.groups + 1 : strip_depth(x.groups), scratch, words);
+    const int64_t depth = x.tiles == 2 ? x.groups + 1 : strip_depth(x.groups);
+    strips_of_tiles<2, true>(a, x, begin, first, last, depth, scratch, words);
 }
 
 // Quantised panels, rounded to bfloat16 strip by strip: F is their view of panels.h.
@@ -141,15 +143,17 @@ inline void rounded_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_
         panel_bytes = depth * GROUP_BYTES;
         for (int64_t p = 0; p < count; ++p) {
             const char* group = static_cast<const char*>(a.weight) + ((panel + p) * x.groups + g) * F::BYTES;
-            for (int64_t i = 0; i < till; ++i) round_group<F>(group + i * F::BYTES, strip + p * panel_bytes + i * GROUP_BYTES);
+            char* to = strip + p * panel_bytes;
+            for (int64_t i = 0; i < till; ++i) round_group<F>(group + i * F::BYTES, to + i * GROUP_BYTES);
         }
         return strip;
     };
     strips_of_tiles<2, false>(a, x, begin, first, last, depth, scratch + 2 * STRIP_GROUPS * GROUP_BYTES / 4, words);
 }
 
-// sums [M, 16] (from zero if `first`) += scale · (tile · group) + minimum · (sum of the token) for `depth` groups of words.
-// Four products are under way at a time. Meanwhile the groups `ahead` are fetched, if not null: expanding them would wait.
+// sums [M, 16] (from zero if `first`) += scale · (tile · group) + minimum · (sum of the token) for `depth` groups of
+// words. Four products are under way at a time. Meanwhile the groups `ahead` are fetched, if not null: expanding them
+// would wait.
 template <int M, class F>
 inline void scaled_tile(const char* x, const float* token_sums, const Strip<F>& strip, int64_t depth, const char* ahead,
                         bool first, float* products, float* sums) {
@@ -209,8 +213,8 @@ void scaled_pairs(const Linear& a, const float* packed, int64_t begin, int64_t e
             group += depth * F::BYTES;
             const auto run = [&](auto rows) {
                 for (int64_t t = 0; t < x.tiles; ++t) {
-                    scaled_tile<rows.value>(x.tile(t, g), x.sums_of(t, g), strip, depth, t == 0 ? group : nullptr, g == 0,
-                                            products, sums + t * size);
+                    scaled_tile<rows.value>(x.tile(t, g), x.sums_of(t, g), strip, depth, t == 0 ? group : nullptr,
+                                            g == 0, products, sums + t * size);
                 }
             };
             switch (x.rows) {

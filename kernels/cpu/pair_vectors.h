@@ -1,11 +1,12 @@
-// The products of pairs.h in vectors: a row of a panel is a lane, and one instruction multiplies and adds a pair. Included by
-// isa_avx512_bf16.cc inside its namespace, after pairs.h.
+// The products of pairs.h in vectors: a row of a panel is a lane, and one instruction multiplies and adds a pair.
+// Included by isa_avx512_bf16.cc inside its namespace, after pairs.h.
 
 inline Floats add_pairs(Floats sums, Words weights, const char* token) {
     uint32_t pair;
     __builtin_memcpy(&pair, token, sizeof pair);
     const Words all = Words{} + pair;
-    return bit_copy<Floats>(_mm512_dpbf16_ps(bit_copy<__m512>(sums), bit_copy<__m512bh>(weights), bit_copy<__m512bh>(all)));
+    const __m512bh left = bit_copy<__m512bh>(weights), right = bit_copy<__m512bh>(all);
+    return bit_copy<Floats>(_mm512_dpbf16_ps(bit_copy<__m512>(sums), left, right));
 }
 
 // sums [P, rows, 16] = P panels · N tokens, whole rows of the matrix. The weights come from memory and those AHEAD are

@@ -1,16 +1,17 @@
-// Products of bfloat16 tokens with packed weights (forms.h) where one instruction multiplies pairs of numbers: y = x · weightᵀ
-// + bias. Included by each isa_*.cc that has them inside its namespace, after panels.h; pair_vectors.h or pair_tiles.h
-// follows, which multiply.
+// Products of bfloat16 tokens with packed weights (forms.h) where one instruction multiplies pairs of numbers: y = x
+// · weightᵀ + bias. Included by each isa_*.cc that has them inside its namespace, after panels.h; pair_vectors.h or
+// pair_tiles.h follows, which multiply.
 //
-// A word of a bfloat16 panel is the pair (k, 16 + k) of a group, so tokens are put into such pairs, once, and weights are
-// used as they lie: a group of a panel is 16 × 16 words. Quantised weights become words of small whole numbers, which
-// bfloat16 holds exactly, for a strip of groups and all tokens; scales and minimums are applied to the group's sums in
-// float32, so that a weight is the number of the file here too. For more than PAIRS_FEW tokens, whose outputs are
-// bfloat16, they are rounded to it instead: three times as fast, and the error of a product becomes √2 times as large. An
-// output is the same sum in the same order for any number of tokens beside it, of those up to PAIRS_FEW and of those above.
+// A word of a bfloat16 panel is the pair (k, 16 + k) of a group, so tokens are put into such pairs, once, and weights
+// are used as they lie: a group of a panel is 16 × 16 words. Quantised weights become words of small whole numbers,
+// which bfloat16 holds exactly, for a strip of groups and all tokens; scales and minimums are applied to the group's
+// sums in float32, so that a weight is the number of the file here too. For more than PAIRS_FEW tokens, whose outputs
+// are bfloat16, they are rounded to it instead: three times as fast, and the error of a product becomes √2 times as
+// large. An output is the same sum in the same order for any number of tokens beside it, of those up to PAIRS_FEW and
+// of those above.
 //
-// Tokens lie in tiles of Pairs::rows: words [tiles, groups, rows, 16], zeros behind the last token, then, for forms with
-// minimums, the tokens' sums [tiles, groups, rows].
+// Tokens lie in tiles of Pairs::rows: words [tiles, groups, rows, 16], zeros behind the last token, then, for forms
+// with minimums, the tokens' sums [tiles, groups, rows].
 
 typedef uint16_t Shorts __attribute__((vector_size(64)));
 
@@ -54,7 +55,8 @@ inline Shorts interleaved(Lanes<I...>) {
 }
 
 // Quantised forms: head() gives what each row's sum over the group is multiplied with, and what the tokens' sum is;
-// expand() the group's words. The words of four bits are 16 + value: an "or" makes them, and the 16 goes into the minimum.
+// expand() the group's words. The words of four bits are 16 + value: an "or" makes them, and the 16 goes into the
+// minimum.
 template <class Scale, bool HAS_MINIMUMS>
 struct NibblePairs {
     using View = Nibbles<Scale, HAS_MINIMUMS>;
@@ -87,8 +89,8 @@ struct NibblePairs {
     }
 };
 
-// Eight bits: converted in the upper byte of an integer, 2^24 too large. A load from some bytes before shifts a word for
-// nothing, and one permutation under a mask puts two numbers' upper halves together: 25 → 17 ns a group.
+// Eight bits: converted in the upper byte of an integer, 2^24 too large. A load from some bytes before shifts a word
+// for nothing, and one permutation under a mask puts two numbers' upper halves together: 25 → 17 ns a group.
 struct BytePairs {
     using View = Bytes;
     static constexpr int64_t BYTES = Bytes::BYTES;
@@ -106,7 +108,8 @@ struct BytePairs {
                 return bit_copy<__m512i>(__builtin_convertvector(bit_copy<Ints>(byte), Floats));
             };
             for (int i = 0; i < 2; ++i) {
-                const __m512i pair = _mm512_mask_alignr_epi8(number(i + 2), 0x3333333333333333u, number(i), number(i), 2);
+                const __m512i low = number(i), high = number(i + 2);
+                const __m512i pair = _mm512_mask_alignr_epi8(high, 0x3333333333333333u, low, low, 2);
                 __builtin_memcpy(to + (i * 8 + w) * PANEL_ROWS * 4, &pair, sizeof pair);
             }
         }
@@ -179,7 +182,8 @@ void pairs_pack(const Linear& a, int64_t begin, int64_t end, float* packed) {
                 __builtin_memcpy(&high, token + g * GROUP + GROUP / 2, sizeof high);
             } else if (g * GROUP < columns) {
                 BFloat16 rest[GROUP] = {};
-                __builtin_memcpy(rest, token + g * GROUP, static_cast<std::size_t>(columns - g * GROUP) * sizeof(BFloat16));
+                const std::size_t left = static_cast<std::size_t>(columns - g * GROUP);
+                __builtin_memcpy(rest, token + g * GROUP, left * sizeof(BFloat16));
                 __builtin_memcpy(&low, rest, sizeof low);
                 __builtin_memcpy(&high, rest + GROUP / 2, sizeof high);
             }
@@ -193,7 +197,8 @@ void pairs_pack(const Linear& a, int64_t begin, int64_t end, float* packed) {
 }
 
 // The outputs of one panel: sums [tiles, rows, 16], a tile `stride` floats behind the one before.
-inline void write_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_t panel, const float* sums, int64_t stride) {
+inline void write_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_t panel, const float* sums,
+                        int64_t stride) {
     const BFloat16* bias = static_cast<const BFloat16*>(a.bias);
     const int64_t row = panel * PANEL_ROWS;
     const int rows = static_cast<int>(a.rows - row < PANEL_ROWS ? a.rows - row : PANEL_ROWS);
