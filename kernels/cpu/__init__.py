@@ -1,7 +1,8 @@
 """The CPU backend: C++ kernels, one build for each instruction set, the best legal one chosen by priority.
 
 The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats, and
-`avx512_bf16` multiplies pairs of bfloat16 in one instruction. Sums and exponentials are in float32.
+`avx512_bf16` multiplies pairs of bfloat16 in one instruction. Sums and exponentials are in float32, and so are the
+weights of attention, except of a prefill in AMX tiles.
 Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
 its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
 32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`). Blocks of a decode
@@ -32,8 +33,10 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
 }
 """Variant → priority and where it runs."""
 
-# The widest vector has 16 floats and a head is a whole number of them.
+# A head is a whole number of vectors, of 16 floats unless a variant is named here.
 _HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
+_NARROW_HEADS: Mapping[str, Condition] = {"head_dim": Multiple(8, at_most=256)}
+_NARROW = frozenset({"portable", "avx2"})
 _PACKED: Mapping[str, Condition] = {"matrix_form": OneOf(frozenset(FORMS) - {ROWS})}
 TRAITS: Mapping[str, Mapping[str, Condition]] = {
     "gqa_block_decode": _HEADS,
@@ -65,7 +68,7 @@ def implementations() -> tuple[Implementation, ...]:
             _binder(op, variant),
             platforms=(on,),
             dtypes=DTYPES,
-            traits=traits,
+            traits=_NARROW_HEADS if traits is _HEADS and variant in _NARROW else traits,
             priority=priority,
             variant=variant,
             unavailable=_unavailable,

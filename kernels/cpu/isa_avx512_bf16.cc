@@ -23,6 +23,7 @@ constexpr int LANES = 16;
 #include "panels.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
+#include "attention_pairs.h"
 }  // namespace
 #include "table.h"
 }  // namespace tokenspeed::cpu::avx512_bf16
