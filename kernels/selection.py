@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
+from tokenspeed.kernels.forms import PANELS, ROWS
 from tokenspeed.kernels.registry import OPS, PARTS, Implementation, Kernel, Registry, SelectionError, Target, Traits
 from tokenspeed.kernels.winners import Winner, Winners, by_tokens
 
@@ -160,6 +161,16 @@ class Selector:
         winners = explanation.winners or (Winner(None, running[0].name),)
         return by_tokens([(winner.most_tokens, kernels[winner.name]) for winner in winners])
 
+    def plain_form(self, target: Target, forced: Mapping[str, str] | None = None) -> str:
+        """`panels` or `rows`, as the function of this name says. `forced` as in `explain`."""
+        forced = self.forced(os.environ.get(ENVIRONMENT, "")) if forced is None else forced
+        if not {"linear", "lm_head", "embedding"}.isdisjoint(forced):
+            return ROWS
+        rows = self.explain("linear", target, {}, forced).chosen
+        panels = self.explain("packed_linear", target, {"matrix_form": PANELS}, forced).chosen
+        better = panels is not None and (rows is None or panels.priority > rows.priority)
+        return PANELS if better else ROWS
+
     def forced(self, setting: str) -> dict[str, str]:
         """Parse and check "op=backend,op=backend:variant"."""
         forced: dict[str, str] = {}
@@ -211,6 +222,12 @@ def default() -> Selector:
         if module.ispkg and module.name != NO_BACKEND:
             registry.add(importlib.import_module(f"{package.__name__}.{module.name}").implementations())
     return Selector(registry, load_plugins(registry), Winners.of_user())
+
+
+def plain_form(target: Target) -> str:
+    """The form in which matrices of plain numbers are best kept for this target: panels where the product with them is
+    declared better than the one with rows, and nobody forces the latter."""
+    return default().plain_form(target)
 
 
 def load_plugins(registry: Registry) -> tuple[Plugin, ...]:

@@ -1,12 +1,14 @@
 """The CPU backend: C++ kernels, one build for each instruction set, the best legal one chosen by priority.
 
 The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats, and
-`avx512_bf16` multiplies pairs of bfloat16 in one instruction. Sums and exponentials are in float32, and so are the
-weights of attention, except of a prefill in AMX tiles.
+`avx512_bf16` multiplies pairs of bfloat16 in one instruction. `amx` is `avx512_bf16` with tile instructions for packed
+weights and attention of bfloat16 tokens (`pair_tiles.h`); being declared for nothing else, it makes panels the form of plain
+matrices there (`selection.plain_form`). Sums and exponentials are in float32, and so are the weights of attention, except of
+a prefill in tiles (`attention_tiles.h`).
 Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
 its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
-32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`). Blocks of a decode
-step are one call each (`blocks.cc`). `embedding` of a plain table is torch's here.
+32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised ones in
+tiles two (`pairs.h`). Blocks of a decode step are one call each (`blocks.cc`). `embedding` of a plain table is torch's here.
 
 Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
 """
@@ -30,6 +32,7 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
     "avx2": (110, On("cpu", "x86_64", _AVX2)),
     "avx512": (120, On("cpu", "x86_64", _AVX512)),
     "avx512_bf16": (130, On("cpu", "x86_64", _AVX512 | {"avx512_bf16"})),
+    "amx": (140, On("cpu", "x86_64", _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"})),
 }
 """Variant → priority and where it runs."""
 
@@ -56,6 +59,9 @@ TRAITS: Mapping[str, Mapping[str, Condition]] = {
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
+TILED = ("gqa_block_decode", "mlp_block_decode", "packed_linear", "packed_lm_head")
+"""The ops that `amx` does better than `avx512_bf16`, where a matrix is packed."""
+
 
 def implementations() -> tuple[Implementation, ...]:
     """Every op of `TRAITS` in every variant, and `kv_store`, which copies bytes the same way on all of them."""
@@ -67,20 +73,28 @@ def implementations() -> tuple[Implementation, ...]:
             "cpu",
             _binder(op, variant),
             platforms=(on,),
-            dtypes=DTYPES,
+            dtypes=frozenset({torch.bfloat16}) if variant == "amx" else DTYPES,
             traits=_NARROW_HEADS if traits is _HEADS and variant in _NARROW else traits,
             priority=priority,
             variant=variant,
-            unavailable=_unavailable,
+            unavailable=_no_tiles if variant == "amx" else _unavailable,
         )
         for op, traits in TRAITS.items()
         for variant, (priority, on) in VARIANTS.items()
+        if variant != "amx" or op in TILED
     )
 
 
 def _unavailable() -> str | None:
     built = importlib.util.find_spec(f"{__name__}._ops") is not None
     return None if built else "the extension tokenspeed.kernels.cpu._ops is not built"
+
+
+def _no_tiles() -> str | None:
+    if (reason := _unavailable()) is not None:
+        return reason
+    allowed = importlib.import_module(f"{__name__}._ops").supports("amx")
+    return None if allowed else "the system does not let this process use tiles"
 
 
 def _binder(op: str, variant: str) -> Callable[[Target, Traits], Kernel]:

@@ -1,6 +1,6 @@
 from typing import Literal
 
-Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
+Isa = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 
 Form = str
 """A name of `kernels.forms.FORMS`. Packed matrices are read at their layout's addresses: no stride."""

@@ -25,6 +25,7 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         avx2
         avx512
         avx512_bf16
+        amx
 
     cdef cppclass Attention:
         const void* q
@@ -137,7 +138,7 @@ cdef extern from "blocks.h" namespace "tokenspeed::cpu" nogil:
 
 
 cdef dict ISAS = {"portable": <int> Isa.portable, "avx2": <int> Isa.avx2, "avx512": <int> Isa.avx512,
-                  "avx512_bf16": <int> Isa.avx512_bf16}
+                  "avx512_bf16": <int> Isa.avx512_bf16, "amx": <int> Isa.amx}
 cdef dict TYPES = {"float32": <int> Type.f32, "bfloat16": <int> Type.bf16}
 
 cdef dict FORMS = {"rows": <int> Form.rows, "panels": <int> Form.panels, "q4_0": <int> Form.q4_0,

@@ -55,7 +55,7 @@ struct PairScores {
     }
 };
 
-#ifndef TOKENSPEED_AMX
+#ifndef TOKENSPEED_TILES
 template <>
 struct Scores<BFloat16> : PairScores {
     struct Held {};

@@ -21,10 +21,13 @@ constexpr int LANES = 16;
 #include "linear_few.h"
 #include "linear_many.h"
 #include "panels.h"
+#include "pairs.h"
+#include "pair_vectors.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 #include "attention_pairs.h"
 }  // namespace
+#include "pair_table.h"
 #include "table.h"
 }  // namespace tokenspeed::cpu::avx512_bf16
 #endif

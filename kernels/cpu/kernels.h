@@ -9,7 +9,7 @@
 namespace tokenspeed::cpu {
 
 enum class Type { f32, bf16 };
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
 
 // Attention over a paged cache. Heads of q and out lie together (head h at h * head_dim); tokens of q are
 // q_stride elements apart, those of out num_heads * head_dim. Caches: [num_blocks, block_size, num_kv_heads,
@@ -81,17 +81,39 @@ constexpr int LINEAR_ROWS = 8;      // few: weight rows that share one pass over
 constexpr int LINEAR_PANEL = 1024;  // few: elements of a row between two reductions of the sums
 constexpr int LINEAR_BLOCK = 252;   // many: tokens that share a strip of transposed weights
 constexpr int LINEAR_DEPTH = 256;   // many: elements of a row in a strip
+constexpr int PAIRS_FEW = 32;       // pairs: tokens up to which quantised weights are not rounded
+constexpr int PAIR_ROWS = 16;       // pairs: tokens of a tile
+constexpr int PAIR_PANELS = 4;      // pairs: panels that share one pass over the tokens
+constexpr int PAIR_BLOCK = 256;     // pairs: tokens that share a panel while it is in the cache
 constexpr int SPLIT_TOKENS = 256;  // a constant, so that a row's result does not depend on its batch
 constexpr int TILE_TOKENS = 64;    // KV tokens between two rescalings of the online softmax
 constexpr int TILE_ROWS = 96;      // query rows (tokens × heads of the group) that share one pass over the KV
 
-// Products with one form of packed weights. `x`: tokens widened to packed_stride() floats.
+// Products with one form of packed weights. `x`: tokens widened to packed_stride() floats. Where bfloat16 is multiplied
+// in pairs, tokens are packed as such (pairs.h) in blocks, each of pair_floats(); elsewhere those two are null.
 struct FormKernels {
     void (*few)(const Linear&, const float* x, int64_t first_panel, int64_t last_panel);
     void (*many)(const Linear&, const float* x, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
                  float* scratch);
     void (*row)(const void* table, int64_t row, int64_t columns, void* out);
+    void (*pairs_pack)(const Linear&, int64_t begin, int64_t end, float* packed) = nullptr;
+    void (*pairs)(const Linear&, const float* packed, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
+                  float* scratch) = nullptr;
 };
+
+// Tokens of each tile of a block of so many: all of them or PAIR_ROWS, as a power of two.
+constexpr int64_t pair_rows(int64_t tokens) {
+    int64_t rows = 1;
+    while (rows < tokens && rows < PAIR_ROWS) rows *= 2;
+    return rows;
+}
+// Tokens of whole tiles.
+constexpr int64_t pair_tokens(int64_t tokens) {
+    const int64_t rows = pair_rows(tokens);
+    return (tokens + rows - 1) / rows * rows;
+}
+constexpr int64_t pair_floats(int64_t tokens, int64_t groups) { return pair_tokens(tokens) * groups * (GROUP / 2 + 1); }
+constexpr int64_t pair_scratch(int64_t tokens) { return 10240 + PAIR_PANELS * PANEL_ROWS * pair_tokens(tokens); }
 
 // What each instruction set provides for each type. Elementwise functions work on tokens [begin, end).
 // A partial of a split is num_heads × (head_dim accumulators, maximum, sum).

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.cpu import _ops
+from tokenspeed.kernels.cpu.linear import BFLOAT16_FEATURES
 from tokenspeed.kernels.numerics.attention_cases import Paged
 from tokenspeed.kernels.platform import Platform
 
-ISAS: tuple[_ops.Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS: tuple[_ops.Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 TARGET = ops.Target(Platform.of(torch.device("cpu")), torch.float32)
 PAGED = Paged(rows=((1, 700), (1, 3), (1, 65)), heads=6, kv_heads=2, head_dim=64, block_size=16)
 
@@ -147,11 +148,18 @@ def test_a_token_of_a_small_product_has_the_same_bits_alone(
     assert torch.equal(linear(x[:tokens], weight, bias), alone)
 
 
+def ours(x: Tensor) -> None:
+    """Skip what `linear` leaves to torch, which promises no bits."""
+    if x.dtype is torch.bfloat16 and not TARGET.platform.isa.isdisjoint(BFLOAT16_FEATURES):
+        pytest.skip("many bfloat16 tokens are torch's here")
+
+
 @pytest.mark.parametrize("begin", [0, 5, 123])
 def test_a_token_of_a_large_product_has_the_same_bits_in_any_chunk(
     begin: int, operands: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     x, weight, bias = operands
+    ours(x)
     linear = product(x.dtype)
     chunk = linear(x[begin : begin + _ops.LINEAR_FEW + 1], weight, bias)
     assert torch.equal(chunk, linear(x, weight, bias)[begin : begin + _ops.LINEAR_FEW + 1])
@@ -162,6 +170,8 @@ def test_the_number_of_threads_changes_no_bit_of_a_product(
     tokens: int, operands: tuple[Tensor, Tensor, Tensor], restored_threads: None
 ) -> None:
     x, weight, bias = operands
+    if tokens > _ops.LINEAR_FEW:
+        ours(x)
     results = []
     for threads in (1, 2, 3, 7, 40):
         torch.set_num_threads(threads)

@@ -68,6 +68,22 @@ def test_the_highest_legal_priority_is_chosen() -> None:
     assert chooses.select("mha_decode", Target(Platform("npu", ""), torch.float32), ATTENTION)() == "slow"
 
 
+@pytest.mark.parametrize(
+    ("priority", "forced", "form"),
+    [(2, {}, "panels"), (1, {}, "rows"), (2, {"linear": "cpu"}, "rows"), (2, {"packed_linear": "slow"}, "rows")],
+)
+def test_plain_matrices_are_packed_where_that_is_declared_better_and_nobody_forces_rows(
+    priority: int, forced: dict[str, str], form: str
+) -> None:
+    chooses = selector(
+        implementation("cpu", op="linear", priority=1),
+        implementation("cpu", op="packed_linear", priority=priority, dtypes=frozenset({torch.bfloat16})),
+        implementation("slow", op="packed_linear"),
+    )
+    assert chooses.plain_form(Target(CPU, torch.bfloat16), forced) == form
+    assert chooses.plain_form(Target(CPU, torch.float32), forced) == "rows"
+
+
 def test_at_equal_priority_the_first_declared_is_chosen() -> None:
     chooses = selector(implementation("first"), implementation("second"))
     assert chooses.select("mha_decode", Target(CPU, torch.float32), ATTENTION)() == "first"

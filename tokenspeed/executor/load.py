@@ -25,7 +25,8 @@ from tokenspeed.executor.load_gpu import Needs, free_memory, start_gpu
 from tokenspeed.executor.machine import available_cpus, available_memory
 from tokenspeed.executor.memory import block_bytes, mib, num_kv_blocks
 from tokenspeed.kernels.platform import Platform
-from tokenspeed.kernels.registry import KernelError
+from tokenspeed.kernels.registry import KernelError, Target
+from tokenspeed.kernels.selection import plain_form
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.over_ranks import OverRanks
@@ -91,6 +92,7 @@ def load_executor(
     forms = stored_forms(source) if config.dtype == "auto" and device.type == "cpu" else {}
     ctx = BuildContext.of(
         forms=forms,
+        plain_form=plain_form(Target(Platform.of(device), dtype)),
         device=device,
         dtype=dtype,
         max_positions=max_model_len,
