@@ -59,8 +59,8 @@ TRAITS: Mapping[str, Mapping[str, Condition]] = {
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
-TILED = ("gqa_block_decode", "mlp_block_decode", "packed_linear", "packed_lm_head")
-"""The ops that `amx` does better than `avx512_bf16`, where a matrix is packed."""
+TILED = ("gqa_block_decode", "mha_decode", "mha_prefill", "mlp_block_decode", "packed_linear", "packed_lm_head")
+"""The ops that `amx` does better than `avx512_bf16`; products, where a matrix is packed."""
 
 
 def implementations() -> tuple[Implementation, ...]:
