@@ -3,7 +3,8 @@
 The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats, and
 `avx512_bf16` multiplies pairs of bfloat16 in one instruction. `amx` is `avx512_bf16` with tile instructions for packed
 weights and bfloat16 tokens (`pair_tiles.h`), which makes panels the form of plain matrices there
-(`selection.plain_form`), and for latent attention (`mla_tiles.h`). Sums and exponentials are in float32.
+(`selection.plain_form`), and for attention (`attention_tiles.h`, `mla_tiles.h`). Sums and exponentials are in float32,
+and so are the weights of attention, except in tiles.
 Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
 its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
 32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised ones in
@@ -39,8 +40,10 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
 }
 """Variant → priority and where it runs."""
 
-# The widest vector has 16 floats and a head is a whole number of them.
+# A head is a whole number of vectors, of 16 floats unless a variant is named here.
 _HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
+_NARROW_HEADS: Mapping[str, Condition] = {"head_dim": Multiple(8, at_most=256)}
+_NARROW = frozenset({"portable", "avx2"})
 _PACKED: Mapping[str, Condition] = {"matrix_form": OneOf(frozenset(FORMS) - {ROWS})}
 _LATENT: Mapping[str, Condition] = {"kv_lora_rank": Multiple(16), "rope_dim": Multiple(16)}
 # A token's choice is kept in registers and on the stack.
@@ -69,8 +72,11 @@ TRAITS: Mapping[str, Mapping[str, Condition]] = {
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
-TILED = ("gqa_block_decode", "mla_decode", "mla_prefill", "mlp_block_decode", "packed_linear", "packed_lm_head")
-"""The ops that `amx` does better than `avx512_bf16`: where a matrix is packed, and latent attention."""
+TILED = (
+    "gqa_block_decode", "mha_decode", "mha_prefill", "mla_decode", "mla_prefill", "mlp_block_decode", "packed_linear",
+    "packed_lm_head", "stack_decode",
+)  # fmt: skip
+"""The ops that `amx` does better than `avx512_bf16`: where a matrix is packed, and attention."""
 
 
 def implementations() -> tuple[Implementation, ...]:
@@ -84,7 +90,7 @@ def implementations() -> tuple[Implementation, ...]:
             _binder(op, variant),
             platforms=(on,),
             dtypes=frozenset({torch.bfloat16}) if variant == "amx" else DTYPES,
-            traits=traits,
+            traits=_NARROW_HEADS if traits is _HEADS and variant in _NARROW else traits,
             priority=priority,
             variant=variant,
             unavailable=_no_tiles if variant == "amx" else _unavailable,

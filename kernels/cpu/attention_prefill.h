@@ -26,7 +26,13 @@ inline void transpose_keys(const T* base, const int64_t* offset, int count, int 
     }
 }
 
-inline int64_t prefill_scratch(const Attention& a) {
+template <class T>
+constexpr int prefill_rows() {
+    return TILE_ROWS;
+}
+
+template <class T>
+int64_t prefill_scratch(const Attention& a) {
     const int64_t rows = tile_rows(a);
     return rows * (2 * a.head_dim + TILE_TOKENS + 3) + 2 * int64_t{TILE_TOKENS} * a.head_dim;
 }

@@ -30,13 +30,16 @@ constexpr int LANES = 16;
 #include "pairs.h"
 #include "pair_tiles.h"
 #include "attention_decode.h"
+#include "attention_prefill.h"
+#include "attention_pairs.h"
+#include "attention_tiles.h"
 #include "mla_tiles.h"
 }  // namespace
 #include "pair_table.h"
 
 const Kernels* table(Type type) {
     if (type == Type::f32) return avx512_bf16::table(type);
-    static const Kernels bf16 = with_latent_tiles(with_pairs(*avx512_bf16::table(type)));
+    static const Kernels bf16 = with_latent_tiles(with_attention_tiles(with_pairs(*avx512_bf16::table(type))));
     return &bf16;
 }
 }  // namespace tokenspeed::cpu::amx

@@ -1,6 +1,7 @@
 // What is the same on every instruction set: the choice of a table, checks, and the cutting into tasks.
 #include "kernels.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -159,10 +160,14 @@ int64_t mha_decode(const Kernels& kernels, const Attention& a, int threads) {
 int64_t mha_prefill(const Kernels& kernels, const Attention& a, const int32_t* query_start, int threads) {
     if (const int64_t bad = check_rows(a); bad != OK) return bad;
     std::vector<QueryTile> tiles;
-    const int tile_tokens = a.group() > TILE_ROWS ? 1 : TILE_ROWS / a.group();
+    // Large tiles read the KV less often; smaller ones, where there is little to do, keep four for each thread.
+    const int64_t wanted = int64_t{query_start[a.rows] - query_start[0]} * a.num_heads / (4 * threads);
+    const int64_t tile_rows = std::clamp<int64_t>(wanted, TILE_ROWS, kernels.prefill_rows);
+    const int32_t most = std::max<int32_t>(1, static_cast<int32_t>(tile_rows / a.group()));
     for (int32_t row = 0; row < a.rows; ++row) {
         const int32_t begin = query_start[row] - query_start[0], end = query_start[row + 1] - query_start[0];
         if (end <= begin || end - begin > a.kv_len[row]) return row;
+        const int32_t cuts = (end - begin + most - 1) / most, tile_tokens = (end - begin + cuts - 1) / cuts;
         for (int32_t t = begin; t < end; t += tile_tokens) {
             const int32_t last = t + tile_tokens < end ? t + tile_tokens : end;
             for (int32_t head = 0; head < a.num_kv_heads; ++head) {

@@ -159,7 +159,8 @@ struct Kernels {
     int64_t item_size;  // bytes of the type
     int64_t (*decode_scratch)(const Attention&);
     void (*decode_split)(const Attention&, const Split&, float* partial, float* scratch);
-    void (*decode_combine)(const Attention&, int row, const float* partials, int splits);
+    void (*decode_combine)(const Attention&, int row, float* partials, int splits);
+    int prefill_rows;  // query rows (tokens × heads of the group) that share one pass over the KV, at most
     int64_t (*prefill_scratch)(const Attention&);
     void (*prefill_tile)(const Attention&, const QueryTile&, float* scratch);
     void (*rms_norm)(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride, const void* weight,

@@ -8,15 +8,6 @@
 constexpr int LATENT_SIDE = 16;  // tokens, query rows and columns of a tile
 constexpr int LATENT_TILE = LATENT_SIDE * LATENT_SIDE;  // its words
 
-template <int TILE>
-[[gnu::always_inline]] inline void tile_load_rows(const void* from, int64_t bytes) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(bytes), "i"(TILE) : "memory");
-}
-template <int TILE>
-[[gnu::always_inline]] inline void tile_store_rows(void* to, int64_t bytes) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(bytes), "i"(TILE) : "memory");
-}
-
 inline bool latent_in_tiles(const LatentDecode& a) {
     return a.head_dim % 32 == 0 && a.rank % 64 == 0 && a.block_size % LATENT_SIDE == 0;
 }
@@ -57,7 +48,7 @@ inline void latent_score_tiles(const LatentDecode& a, const float* q, const int6
         each<4>([&](auto i) {
             constexpr int n = i.value * LATENT_SIDE, TOKENS = 5 + i.value % 3;
             if (n < count) {
-                tile_load_rows<TOKENS>(keys + offset[n] + d, a.head_dim * int64_t{sizeof(BFloat16)});
+                tile_load<TOKENS>(keys + offset[n] + d, a.head_dim * int64_t{sizeof(BFloat16)});
                 tile_multiply<i.value, TOKENS, 4>();
             }
             if (next == nullptr) return;
@@ -105,7 +96,7 @@ inline void latent_sum_tiles(const LatentDecode& a, const float* scores, const f
     }
     const int64_t bytes = a.rank * int64_t{sizeof(float)};
     for (int d = 0; d < a.rank; d += 4 * LATENT_SIDE) {
-        each<4>([&](auto i) { tile_load_rows<i.value>(sums + d + i.value * LATENT_SIDE, bytes); });
+        each<4>([&](auto i) { tile_load<i.value>(sums + d + i.value * LATENT_SIDE, bytes); });
         for (int n = 0; n < count; n += 32) {
             tile_load<4>(weights + n / 32 * LATENT_TILE);
             const float* tile = values + int64_t{n / 32} * a.rank * LATENT_SIDE + d * LATENT_SIDE;
@@ -115,7 +106,7 @@ inline void latent_sum_tiles(const LatentDecode& a, const float* scores, const f
                 tile_multiply<i.value, 4, VALUES>();
             });
         }
-        each<4>([&](auto i) { tile_store_rows<i.value>(sums + d + i.value * LATENT_SIDE, bytes); });
+        each<4>([&](auto i) { tile_store<i.value>(sums + d + i.value * LATENT_SIDE, bytes); });
     }
 }
 

@@ -35,10 +35,10 @@ inline void route_scores(const Route& r, const X* logits, float* scores) {
     }
     Floats most = load(scores);
     for (int64_t i = LANES; i < padded; i += LANES) most = maximum(most, load(scores + i));
-    const float largest = maximum(most);
+    const float peak = largest(most);
     Floats total = {};
     for (int64_t i = 0; i < padded; i += LANES) {
-        const Floats below = load(scores + i) - largest;
+        const Floats below = load(scores + i) - peak;
         const Floats y = exp2(below * LOG2_E);
         const Floats kept = below == below ? y : below;
         store(scores + i, kept);

@@ -33,12 +33,12 @@ template <int TILE>
     asm volatile("tilezero %%tmm%c0" : : "i"(TILE));
 }
 template <int TILE>
-[[gnu::always_inline]] inline void tile_load(const void* from) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(int64_t{64}), "i"(TILE) : "memory");
+[[gnu::always_inline]] inline void tile_load(const void* from, int64_t row_bytes = 64) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(TILE) : "memory");
 }
 template <int TILE>
-[[gnu::always_inline]] inline void tile_store(void* to) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(int64_t{64}), "i"(TILE) : "memory");
+[[gnu::always_inline]] inline void tile_store(void* to, int64_t row_bytes = 64) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(TILE) : "memory");
 }
 template <int SUMS, int TOKENS, int WEIGHTS>
 [[gnu::always_inline]] inline void tile_multiply() {

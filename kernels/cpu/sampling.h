@@ -46,7 +46,7 @@ inline Largest largest_usable(const float* x, int64_t count) {
             one = maximum(one, a);
             wrong |= ~(a < infinity);
         }
-        const float most = maximum(maximum(one, other));
+        const float most = largest(maximum(one, other));
         if (most > found.value) found = {most, begin};
     }
     for (int lane = 0; lane < LANES; ++lane) {
@@ -107,9 +107,9 @@ inline void exponentials(const float* x, int64_t count, float best, float temper
 
 inline void find_most(const Probabilities& of) {
     for (int64_t c = 0; c < of.chunks; ++c) {
-        Floats largest = {};
-        for (int64_t i = 0; i < SAMPLE_CHUNK; i += LANES) largest = maximum(largest, load(of.p + c * SAMPLE_CHUNK + i));
-        of.most[c] = maximum(largest);
+        Floats most = {};
+        for (int64_t i = 0; i < SAMPLE_CHUNK; i += LANES) most = maximum(most, load(of.p + c * SAMPLE_CHUNK + i));
+        of.most[c] = largest(most);
     }
 }
 

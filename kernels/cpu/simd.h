@@ -66,18 +66,6 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
-inline float sum(Floats x) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += x[i];
-    return total;
-}
-
-inline float maximum(Floats x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
-    return most;
-}
-
 template <int... I>
 struct Lanes {};
 template <int N, int... I>
@@ -87,6 +75,38 @@ struct CountLanes<0, I...> {
     using type = Lanes<I...>;
 };
 using AllLanes = CountLanes<LANES>::type;
+
+// Lanes against those S apart, S = LANES / 2 … 1: a scalar loop over the lanes would take four cycles for each.
+template <int S, int... I>
+inline Floats exchanged(Floats x, Lanes<I...>) {
+    return __builtin_shufflevector(x, x, (I ^ S)...);
+}
+template <int S = LANES / 2>
+inline float sum(Floats x) {
+    x += exchanged<S>(x, AllLanes{});
+    if constexpr (S > 1) {
+        return sum<S / 2>(x);
+    } else {
+        return x[0];
+    }
+}
+template <int S = LANES / 2>
+inline float largest(Floats x) {
+    x = maximum(x, exchanged<S>(x, AllLanes{}));
+    if constexpr (S > 1) {
+        return largest<S / 2>(x);
+    } else {
+        return x[0];
+    }
+}
+
+// a0 b0 a1 b1 …: the first LANES of them into a, the others into b.
+template <int... I>
+inline void interleave(Floats& a, Floats& b, Lanes<I...>) {
+    const Floats first = __builtin_shufflevector(a, b, ((I & 1) * LANES + I / 2)...);
+    b = __builtin_shufflevector(a, b, ((I & 1) * LANES + LANES / 2 + I / 2)...);
+    a = first;
+}
 
 // One exchange of a transpose: lanes whose index has bit S come from b, the others from a; `low` takes the
 // element without bit S of each, `high` the one with it.

@@ -5,10 +5,11 @@ template <class T>
 constexpr Kernels table_of() {
     return Kernels{
         .item_size = sizeof(T),
-        .decode_scratch = decode_scratch,
+        .decode_scratch = decode_scratch<T>,
         .decode_split = decode_split<T>,
         .decode_combine = decode_combine<T>,
-        .prefill_scratch = prefill_scratch,
+        .prefill_rows = prefill_rows<T>(),
+        .prefill_scratch = prefill_scratch<T>,
         .prefill_tile = prefill_tile<T>,
         .rms_norm = rms_norm<T>,
         .rotary = rotary<T>,

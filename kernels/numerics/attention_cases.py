@@ -126,6 +126,8 @@ def mha_decode_cases() -> Iterator[Case]:
         (4, 4, 64, 64, (0,)),
         (16, 1, 80, 48, (200, 0, 63)),  # tiles that cross blocks
         (20, 1, 16, 64, (129,)),
+        (6, 2, 40, 16, (1, 17, 130)),
+        (18, 1, 96, 32, (257, 31)),
     ):
         yield ragged(lengths, heads, kv_heads, head_dim, block_size)
 
@@ -140,6 +142,8 @@ def mha_prefill_cases() -> Iterator[Case]:
         (3, 1, 256, 64, ((70, 70),)),
         (4, 2, 16, 16, ((1, 1), (17, 17), (1, 40), (65, 130))),
         (6, 3, 80, 64, ((64, 64), (63, 128), (5, 257))),
+        (6, 2, 40, 16, ((33, 70), (2, 2))),
+        (5, 1, 64, 32, ((300, 700), (3, 129))),
     ):
         paged = Paged(rows, heads, kv_heads, head_dim, block_size)
         yield Case(str(paged), paged.traits, paged.arguments)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,6 +19,7 @@ from tokenspeed.kernels.cpu.linear import BFLOAT16_FEATURES
 from tokenspeed.kernels.numerics.attention_cases import Paged
 from tokenspeed.kernels.platform import Platform
 
+ISAS: tuple[_ops.Isa, ...] = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 TARGET = ops.Target(Platform.of(torch.device("cpu")), torch.float32)
 PAGED = Paged(rows=((1, 700), (1, 3), (1, 65)), heads=6, kv_heads=2, head_dim=64, block_size=16)
 
@@ -60,6 +62,58 @@ def test_the_number_of_threads_changes_no_bit(generator: torch.Generator, restor
         torch.set_num_threads(threads)
         results.append((prefill()(*arguments), decode()(*decode_arguments)))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+VARIANTS = [pytest.param((isa, dtype), id=f"{isa}-{dtype}".replace("torch.", "")) for isa in ISAS
+            for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
+GROUPS = ((6, 2, 64, 16), (16, 1, 80, 48), (4, 4, 16, 64), (3, 3, 128, 32))
+
+
+def bound(op: str, variant: tuple[_ops.Isa, torch.dtype], paged: Paged) -> Callable[..., Tensor]:
+    """The op of one instruction set, whatever would be chosen."""
+    isa, dtype = variant
+    if not _ops.supports(isa):
+        pytest.skip(f"no {isa} here")
+    kernels = _ops.Kernels(isa, "float32" if dtype == torch.float32 else "bfloat16")
+    launcher = importlib.import_module(f"tokenspeed.kernels.cpu.{op}")
+    kernel: Callable[..., Tensor] = launcher.bind(kernels, ops.Target(TARGET.platform, dtype), paged.traits)
+    return kernel
+
+
+@pytest.mark.parametrize("shape", GROUPS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_and_chunks_give_the_same_bits_on_every_instruction_set(
+    variant: tuple[_ops.Isa, torch.dtype], shape: tuple[int, int, int, int], generator: torch.Generator
+) -> None:
+    paged = Paged(((1, 270), (1, 3), (1, 65)), *shape)
+    q, k, v, table, kv_len, kv_lens, scale = paged.decode_arguments(generator, variant[1])
+    decode = bound("mha_decode", variant, paged)
+    together = decode(q, k, v, table, kv_len, kv_lens, scale)
+    for row in range(3):
+        one = slice(row, row + 1)
+        assert torch.equal(decode(q[one], k, v, table[one], kv_len[one], kv_lens[one], scale)[0], together[row])
+
+    paged = Paged(((150, 270),), *shape)
+    q, k, v, table, *_, scale = paged.arguments(generator, variant[1])
+    prefill = bound("mha_prefill", variant, paged)
+
+    def chunk(begin: int, end: int) -> Tensor:
+        starts, length = torch.tensor([0, end - begin], dtype=torch.int32), torch.tensor([120 + end], dtype=torch.int32)
+        return prefill(q[begin:end], k, v, table, starts, length, (end - begin,), (120 + end,), scale)
+
+    whole = chunk(0, 150)
+    for cut in (1, 8, 9, 137):
+        assert torch.equal(torch.cat((chunk(0, cut), chunk(cut, 150))), whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_negative_scale_prefers_what_is_least_alike(
+    variant: tuple[_ops.Isa, torch.dtype], generator: torch.Generator
+) -> None:
+    paged = Paged(((40, 200),), 6, 2, 64, 16)
+    q, *rest, scale = paged.arguments(generator, variant[1])
+    prefill = bound("mha_prefill", variant, paged)
+    assert torch.equal(prefill(q, *rest, -scale), prefill(-q, *rest, scale))
 
 
 @pytest.mark.parametrize("cut", [1, 5, 16, 63, 64, 130])
@@ -311,7 +365,7 @@ def test_nothing_to_do_is_done() -> None:
     assert decode()(torch.empty(0, 6, 64), blocks, blocks, table, no_rows, (), 1.0).shape == (0, 6, 64)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_an_instruction_set_opens_only_where_it_is_supported(isa: _ops.Isa) -> None:
     if _ops.supports(isa):
         _ops.Kernels(isa, "float32")
