@@ -91,6 +91,48 @@ struct Nibbles {
     }
 };
 
+// Five or six bits, 0 to 63: the lower four as in Nibbles, the upper ones moved behind them. Without stored minimums, the
+// middle of the range stands for zero. SPANS scales (and minimums) are for GROUP / SPANS columns each.
+template <int BITS, class Scale, bool MINIMUMS, int SPANS>
+struct WideNibbles {
+    static constexpr int PARTS = 8, LAST = PARTS - 1, UPPER = BITS - 4;
+    static constexpr int64_t HEAD = PANEL_ROWS * sizeof(Scale) * SPANS;
+    static constexpr int64_t BYTES = split_group_bytes(BITS, sizeof(Scale), MINIMUMS, SPANS);
+    static constexpr uint32_t UPPER_MASK = (1u << UPPER) - 1;
+    const char* words;
+    Floats scales[SPANS], minimums[SPANS], turned, minimum;
+    WideNibbles(const char* group, int vector) : words(group + (MINIMUMS ? 2 : 1) * HEAD + vector * LANES * 4) {
+        const Scale* numbers = reinterpret_cast<const Scale*>(group) + vector * LANES;
+        for (int s = 0; s < SPANS; ++s) {
+            scales[s] = load(numbers + s * PANEL_ROWS);
+            if constexpr (MINIMUMS) {
+                minimums[s] = load(numbers + (SPANS + s) * PANEL_ROWS);
+            } else {
+                minimums[s] = scales[s] * -static_cast<float>(1 << (BITS - 1));
+            }
+        }
+    }
+    template <int I>
+    void turn() {
+        constexpr int SPAN = I * SPANS / PARTS;
+        turned = I == LAST ? scales[SPAN] : scales[SPAN] * (1.f / static_cast<float>(1u << 4 * I));
+        minimum = minimums[SPAN];
+    }
+    template <int I>
+    Floats at(int w) const {
+        const Words low = words_at(words + w * PANEL_ROWS * 4);
+        const Words high = words_at(words + (GROUP / PARTS + UPPER * w / 4) * PANEL_ROWS * 4);
+        const int place = UPPER * w % 4;
+        Words value;
+        if constexpr (I == LAST) {
+            value = low >> 28 | (high >> (24 + place) & UPPER_MASK << 4);
+        } else {
+            value = (low & 15u << 4 * I) | (high << (4 - place) & UPPER_MASK << (4 * I + 4));
+        }
+        return fused(__builtin_convertvector(bit_copy<Ints>(value), Floats), turned, minimum);
+    }
+};
+
 // Eight bits, signed, read as the upper byte of an integer.
 struct Bytes {
     static constexpr int PARTS = 4;

@@ -21,7 +21,10 @@ constexpr Kernels table_of() {
         .linear_many_rows = linear_many_rows<T>,
         .panels_widen = panels_widen<T>,
         .forms = {{}, form_of<typename PlainOf<T>::type, T>(), form_of<Nibbles<Half, false>, T>(),
-                  form_of<Nibbles<Half, true>, T>(), form_of<Nibbles<float, true>, T>(), form_of<Bytes, T>()},
+                  form_of<Nibbles<Half, true>, T>(), form_of<Nibbles<float, true>, T>(), form_of<Bytes, T>(),
+                  form_of<WideNibbles<5, Half, false, 1>, T>(), form_of<WideNibbles<5, Half, true, 1>, T>(),
+                  form_of<WideNibbles<5, float, true, 1>, T>(), form_of<WideNibbles<6, float, false, 2>, T>(),
+                  form_of<WideNibbles<6, float, true, 2>, T>()},
     };
 }
 }  // namespace

@@ -13,10 +13,10 @@ from tests.checkpoint.toy_gguf import GGUFType, write_llama
 from tests.models.paged import PagedModel
 from tests.models.reference import checkpoint, error, expected, tokens
 from tokenspeed.checkpoint.config import read_model_config
-from tokenspeed.checkpoint.gguf_blocks import FORMS, packed
+from tokenspeed.checkpoint.gguf_blocks import FORMS, taken_apart
 from tokenspeed.checkpoint.source import Source, resolve
 from tokenspeed.checkpoint.weights import load_weights, stored_forms
-from tokenspeed.kernels.forms import unpack
+from tokenspeed.kernels.forms import pack_quantised, unpack
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.registry import build_model
@@ -24,22 +24,29 @@ from tokenspeed.models.registry import build_model
 BLOCK = 16
 
 
+TWO = (GGUFType.Q4_1, GGUFType.Q5_1, GGUFType.Q4_K, GGUFType.Q5_K)
+HALVES = {GGUFType.Q6_K: (208,), **dict.fromkeys(TWO, (0, 2))}
+"""Where a block has its scales in half precision; others have one in front."""
+
+
 def blocks(kind: gguf.GGMLQuantizationType, rows: int, in_a_row: int) -> np.ndarray:
     """Blocks of random bits, whose scales are numbers."""
     _, num_bytes = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(0)
     raw = random.integers(0, 256, (rows * in_a_row, num_bytes), dtype=np.uint8)
-    halves = 2 if kind in (GGUFType.Q4_1, GGUFType.Q4_K) else 1
-    raw[:, : 2 * halves] = random.normal(size=(rows * in_a_row, halves)).astype("<f2").view(np.uint8)
+    for at in HALVES.get(kind, (0,)):
+        raw[:, at : at + 2] = random.normal(size=(rows * in_a_row, 1)).astype("<f2").view(np.uint8)
     return raw.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("kind", FORMS, ids=lambda kind: kind.name)
 def test_every_bit_of_a_block_counts(kind: gguf.GGMLQuantizationType) -> None:
     raw = blocks(kind, 19, 3)
-    matrix = packed(FORMS[kind][0], torch.from_numpy(raw), gguf.GGML_QUANT_SIZES[kind][1])
+    rows = taken_apart(kind, torch.from_numpy(raw))
     wanted = torch.from_numpy(gguf.quants.dequantize(raw, kind))
-    assert torch.equal(unpack(matrix, torch.float32), wanted)
+    assert torch.equal(unpack(pack_quantised(rows), torch.float32), wanted)
+    if kind is not GGUFType.Q8_0:  # rounded once: what the product computes
+        assert torch.equal(unpack(pack_quantised(rows.as_mixed()), torch.float64).float(), wanted)
 
 
 def build(source: Source, forms: dict[str, str]) -> CausalLM:
