@@ -190,7 +190,7 @@ template <class F, int N, int R, int... I, int... J>
 // S panels from `panel` on against N tokens → totals[n][S · PANEL_ROWS].
 template <class F, int S, int N>
 inline void panel_products(const char* panel, int64_t groups, const float* x, int64_t x_stride, float* totals) {
-    constexpr int64_t AHEAD = F::BYTES < 512 ? 4 : 2;
+    constexpr int64_t AHEAD = F::BYTES < 1024 ? 4 : 2;
     constexpr int ROWS = S * PANEL_VECTORS;
     Floats sums[ROWS][N] = {};
     const int64_t panel_bytes = groups * F::BYTES;
@@ -229,7 +229,7 @@ void panels_few(const Linear& a, const float* x, int64_t first, int64_t last) {
         constexpr int N = decltype(tokens)::value;
         // Eight sums in flight hide the latency of a product, if there are registers for them.
         constexpr int VECTORS = PANEL_VECTORS * N;
-        constexpr int S = VECTORS > (F::PARTS == 8 ? 2 : 4) ? 1 : F::PARTS <= 2 && VECTORS <= 2 ? 4 : 2;
+        constexpr int S = VECTORS > (F::PARTS == 8 ? 2 : 4) ? 1 : F::PARTS * VECTORS <= 4 ? 4 : 2;
         int64_t panel = first;
         for (; panel + S <= last; panel += S) few_of_panels<F, S, N, T>(a, x, panel);
         for (; panel < last; ++panel) few_of_panels<F, 1, N, T>(a, x, panel);
