@@ -14,6 +14,7 @@ from tokenspeed.errors import ConfigError
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["none", "int8"]
 
 MAX_QUEUED = 1_000_000
 MAX_THREADS = 256
@@ -47,10 +48,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Everything that decides how an engine is built.
 
     `model` is a folder, a .gguf file or a Hugging Face hub name; None is the embedded demonstration
-    model. `load_format` dummy reads no weights and draws random ones. `max_model_len` None is the
-    checkpoint's own. `kv_cache_bytes` None sizes the cache from the memory that is free;
-    `max_num_batched_tokens` None is what suits the device. `overlap` is the number of steps in flight
-    while the next is planned (0 or 1).
+    model. `load_format` dummy reads no weights and draws random ones. `quantization` int8 rounds matrices of plain
+    numbers to 8 bits while they are loaded, on a CPU. `max_model_len` None is the checkpoint's own. `kv_cache_bytes`
+    None sizes the cache from the memory that is free; `max_num_batched_tokens` None is what suits the device. `overlap`
+    is the number of steps in flight while the next is planned (0 or 1).
 
     `tps_floor` is the tokens per second that every stream is promised: a request beside which they could not be
     kept is refused. 0 is none; None steers for `STEERED_FLOOR` and refuses nobody. With `session_admission` a
@@ -67,6 +68,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     chat_template: str | None = None
     dtype: DType = "auto"
     load_format: LoadFormat = "auto"
+    quantization: Quantization = "none"
     max_model_len: int | None = None
     block_size: int = 64
     max_num_seqs: int = 64

@@ -17,6 +17,11 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         q4_1
         q4_k
         q8_0
+        q5_0
+        q5_1
+        q5_k
+        q6_k
+        mixed
 
     cdef enum class Type:
         f32
@@ -185,7 +190,9 @@ cdef dict ISAS = {"portable": <int> Isa.portable, "avx2": <int> Isa.avx2, "avx51
 cdef dict TYPES = {"float32": <int> Type.f32, "bfloat16": <int> Type.bf16}
 
 cdef dict FORMS = {"rows": <int> Form.rows, "panels": <int> Form.panels, "q4_0": <int> Form.q4_0,
-                   "q4_1": <int> Form.q4_1, "q4_k": <int> Form.q4_k, "q8_0": <int> Form.q8_0}
+                   "q4_1": <int> Form.q4_1, "q4_k": <int> Form.q4_k, "q8_0": <int> Form.q8_0,
+                   "q5_0": <int> Form.q5_0, "q5_1": <int> Form.q5_1, "q5_k": <int> Form.q5_k,
+                   "q6_k": <int> Form.q6_k, "mixed": <int> Form.mixed}
 
 LINEAR_FEW = c_linear_few
 MAX_THREADS = c_max_threads

@@ -91,6 +91,48 @@ struct Nibbles {
     }
 };
 
+// Five or six bits, 0 to 63: the lower four as in Nibbles, the upper ones moved behind them. Without stored minimums, the
+// middle of the range stands for zero. SPANS scales (and minimums) are for GROUP / SPANS columns each.
+template <int BITS, class Scale, bool MINIMUMS, int SPANS>
+struct WideNibbles {
+    static constexpr int PARTS = 8, LAST = PARTS - 1, UPPER = BITS - 4;
+    static constexpr int64_t HEAD = PANEL_ROWS * sizeof(Scale) * SPANS;
+    static constexpr int64_t BYTES = split_group_bytes(BITS, sizeof(Scale), MINIMUMS, SPANS);
+    static constexpr uint32_t UPPER_MASK = (1u << UPPER) - 1;
+    const char* words;
+    Floats scales[SPANS], minimums[SPANS], turned, minimum;
+    WideNibbles(const char* group, int vector) : words(group + (MINIMUMS ? 2 : 1) * HEAD + vector * LANES * 4) {
+        const Scale* numbers = reinterpret_cast<const Scale*>(group) + vector * LANES;
+        for (int s = 0; s < SPANS; ++s) {
+            scales[s] = load(numbers + s * PANEL_ROWS);
+            if constexpr (MINIMUMS) {
+                minimums[s] = load(numbers + (SPANS + s) * PANEL_ROWS);
+            } else {
+                minimums[s] = scales[s] * -static_cast<float>(1 << (BITS - 1));
+            }
+        }
+    }
+    template <int I>
+    void turn() {
+        constexpr int SPAN = I * SPANS / PARTS;
+        turned = I == LAST ? scales[SPAN] : scales[SPAN] * (1.f / static_cast<float>(1u << 4 * I));
+        minimum = minimums[SPAN];
+    }
+    template <int I>
+    Floats at(int w) const {
+        const Words low = words_at(words + w * PANEL_ROWS * 4);
+        const Words high = words_at(words + (GROUP / PARTS + UPPER * w / 4) * PANEL_ROWS * 4);
+        const int place = UPPER * w % 4;
+        Words value;
+        if constexpr (I == LAST) {
+            value = low >> 28 | (high >> (24 + place) & UPPER_MASK << 4);
+        } else {
+            value = (low & 15u << 4 * I) | (high << (4 - place) & UPPER_MASK << (4 * I + 4));
+        }
+        return fused(__builtin_convertvector(bit_copy<Ints>(value), Floats), turned, minimum);
+    }
+};
+
 // Eight bits, signed, read as the upper byte of an integer.
 struct Bytes {
     static constexpr int PARTS = 4;
@@ -148,7 +190,7 @@ template <class F, int N, int R, int... I, int... J>
 // S panels from `panel` on against N tokens → totals[n][S · PANEL_ROWS].
 template <class F, int S, int N>
 inline void panel_products(const char* panel, int64_t groups, const float* x, int64_t x_stride, float* totals) {
-    constexpr int64_t AHEAD = F::BYTES < 512 ? 4 : 2;
+    constexpr int64_t AHEAD = F::BYTES < 1024 ? 4 : 2;
     constexpr int ROWS = S * PANEL_VECTORS;
     Floats sums[ROWS][N] = {};
     const int64_t panel_bytes = groups * F::BYTES;
@@ -187,7 +229,7 @@ void panels_few(const Linear& a, const float* x, int64_t first, int64_t last) {
         constexpr int N = decltype(tokens)::value;
         // Eight sums in flight hide the latency of a product, if there are registers for them.
         constexpr int VECTORS = PANEL_VECTORS * N;
-        constexpr int S = VECTORS > (F::PARTS == 8 ? 2 : 4) ? 1 : F::PARTS <= 2 && VECTORS <= 2 ? 4 : 2;
+        constexpr int S = VECTORS > (F::PARTS == 8 ? 2 : 4) ? 1 : F::PARTS * VECTORS <= 4 ? 4 : 2;
         int64_t panel = first;
         for (; panel + S <= last; panel += S) few_of_panels<F, S, N, T>(a, x, panel);
         for (; panel < last; ++panel) few_of_panels<F, 1, N, T>(a, x, panel);

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tokenspeed.kernels.forms import FORMS, GROUP, QUANTISED, Packed, pack, pack_quantised
+from tokenspeed.kernels.forms import FORMS, GROUP, QUANTISED, Packed, Rows, pack, pack_quantised
 from tokenspeed.kernels.numerics.case import Arguments, Case, Results, normal
 
 
@@ -59,9 +59,9 @@ def packed_weight(
     values = torch.randint(0, most, (rows, columns), generator=g, dtype=torch.int32)
     values = (values if kind.bits < 8 else values - most // 2).to(torch.uint8 if kind.bits < 8 else torch.int8)
     # Of few bits, as they are in files: a product with a value is exact.
-    scales = (torch.randn(rows, groups, generator=g) * 4 * size / most).half().to(kind.scale)
-    minimums = (torch.randn(rows, groups, generator=g) * size).to(kind.scale) if kind.minimums else None
-    return pack_quantised(form, values, scales, minimums)
+    scales = (torch.randn(rows, groups * kind.spans, generator=g) * 4 * size / most).half().to(kind.scale)
+    minimums = (torch.randn(rows, groups * kind.spans, generator=g) * size).to(kind.scale) if kind.minimums else None
+    return pack_quantised(Rows(form, values, scales, minimums))
 
 
 def packed_linear_cases() -> Iterator[Case]:

@@ -135,7 +135,7 @@ def test_a_gguf_says_the_same_as_the_folder_it_was_made_from(tmp_path: Path, ref
         assert getattr(ours, name) == getattr(theirs, name)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         assert ours.hf[name] == theirs.hf[name]
-    assert ours.eos_token_ids == (2, 1) and ours.dtype == "quantised"
+    assert ours.eos_token_ids == (2, 1) and ours.dtype == "float32"
     assert ours.hf["rms_norm_eps"] == pytest.approx(theirs.hf["rms_norm_eps"])
 
 

@@ -111,6 +111,7 @@ def test_keys_may_come_from_the_environment() -> None:
         (["--port", "70000"], "--port"),
         (["--dtype", "float8"], "--dtype must be one of auto, float32, bfloat16, got 'float8'"),
         (["--load-format", "pickle"], "--load-format"),
+        (["--quantization", "fp8"], "--quantization must be one of none, int8, got 'fp8'"),
         (["--log-level", "loud"], "--log-level"),
         (["--block-size", "7"], "--block-size"),
         (["--overlap", "2"], "--overlap"),

@@ -8,7 +8,20 @@ import pytest
 import torch
 
 from tokenspeed.kernels import ops
-from tokenspeed.kernels.forms import FORMS, QUANTISED, Packed, pack, pack_quantised, packed_shape, unpack
+from tokenspeed.kernels.forms import (
+    FORMS,
+    QUANTISED,
+    ROWS,
+    Packed,
+    Rows,
+    common_form,
+    pack,
+    pack_quantised,
+    packed_shape,
+    put_rows,
+    rounded,
+    unpack,
+)
 from tokenspeed.kernels.numerics.dense_cases import packed_weight
 from tokenspeed.kernels.platform import Platform
 
@@ -37,18 +50,74 @@ def test_packed_numbers_are_the_numbers(
     assert torch.equal(unpack(pack(numbers), dtype), numbers)
 
 
+def some_rows(form: str, rows: int, columns: int, generator: torch.Generator) -> Rows:
+    """All values that the form has, and scales and minimums of few bits."""
+    kind = QUANTISED[form]
+    low, high = (-128, 128) if kind.bits == 8 else (0, 1 << kind.bits)
+    values = torch.randint(low, high, (rows, columns), generator=generator)
+    scales = torch.randn(rows, columns // 32 * kind.spans, generator=generator).half().float()
+    minimums = torch.randn(scales.shape, generator=generator).half().float() if kind.minimums else None
+    return Rows(form, values.to(torch.int8 if kind.bits == 8 else torch.uint8), scales, minimums)
+
+
+def meant(rows: Rows) -> torch.Tensor:
+    kind = QUANTISED[rows.form]
+    scales, minimums = (None if x is None else x.float().repeat_interleave(32 // kind.spans, 1) for x in rows[2:])
+    weights = (rows.values.int() - kind.zero) * scales
+    return weights if minimums is None else weights + minimums
+
+
 @pytest.mark.parametrize("form", QUANTISED)
 def test_a_weight_is_value_times_scale_plus_minimum(form: str, generator: torch.Generator) -> None:
-    kind = QUANTISED[form]
-    signed = kind.bits == 8
-    values = torch.randint(-128 if signed else 0, 128 if signed else 16, (35, 96), generator=generator)
-    scales = torch.randn(35, 3, generator=generator).half().float()
-    minimums = torch.randn(35, 3, generator=generator).half().float() if kind.minimums else None
-    packed = pack_quantised(form, values.to(torch.int8 if signed else torch.uint8), scales, minimums)
-    wanted = (values - kind.zero) * scales.repeat_interleave(32, 1)
-    wanted = wanted if minimums is None else wanted + minimums.repeat_interleave(32, 1)
-    assert torch.equal(unpack(packed, torch.float32), wanted)
+    rows = some_rows(form, 35, 96, generator)
+    packed = pack_quantised(rows)
+    assert torch.equal(unpack(packed, torch.float32), meant(rows))
     assert (packed.data.shape, packed.data.dtype) == packed_shape(form, 35, 96, torch.float32)
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_rows_are_put_where_they_belong_and_the_others_stay(form: str, generator: torch.Generator) -> None:
+    old, new = some_rows(form, 40, 96, generator), some_rows(form, 23, 96, generator)
+    packed, wanted = pack_quantised(old), meant(old)
+    put_rows(packed.data, 13, new.window(0, 22, slice(0, 96)))
+    wanted[13:35] = meant(new)[:22]
+    assert torch.equal(unpack(packed, torch.float32), wanted)
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_a_window_of_rows_is_that_of_their_weights(form: str, generator: torch.Generator) -> None:
+    rows = some_rows(form, 9, 128, generator)
+    assert torch.equal(meant(rows.window(2, 7, slice(32, 96))), meant(rows)[2:7, 32:96])
+
+
+@pytest.mark.parametrize("form", [form for form, kind in QUANTISED.items() if kind.bits < 8])
+def test_every_form_of_few_bits_has_the_same_weights_beside_others(form: str, generator: torch.Generator) -> None:
+    rows = some_rows(form, 35, 96, generator)
+    alone, beside = (unpack(pack_quantised(each), torch.float64) for each in (rows, rows.as_mixed()))
+    assert torch.equal(alone, beside)
+
+
+def test_the_form_of_pieces_is_what_holds_all_of_them() -> None:
+    assert common_form({"q8_0"}) == "q8_0" and common_form({"q4_k", "q6_k", "q5_0"}) == "mixed"
+    assert {common_form(forms) for forms in ((), {ROWS}, {ROWS, "q4_0"}, {"q8_0", "q4_0"})} == {ROWS}
+
+
+@pytest.mark.parametrize("columns", [64, 70])
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 0.02, 100.0])
+def test_eight_bits_are_the_nearest(columns: int, size: float, generator: torch.Generator) -> None:
+    numbers = torch.randn(33, columns, generator=generator) * size
+    rows = rounded(numbers)
+    assert rows.values.shape == (33, -(-columns // 32) * 32) and rows.values.abs().max() <= 127
+    wide = rows.scales.float().repeat_interleave(32, 1)[:, :columns]
+    off = (meant(rows)[:, :columns] - numbers).abs()
+    assert bool((off <= wide * 0.5001).all()) and bool((rows.scales.float() <= numbers.abs().max() / 126 + 6e-8).all())
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf, 1e7])
+def test_a_number_that_eight_bits_cannot_hold_shows_in_its_scale(number: float) -> None:
+    numbers = torch.ones(3, 64)
+    numbers[1, 40] = number
+    assert rounded(numbers).scales.isfinite().tolist() == [[True, True], [True, False], [True, True]]
 
 
 @pytest.mark.parametrize("form", PACKED)

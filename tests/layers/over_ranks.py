@@ -13,6 +13,7 @@ import torch
 from tokenspeed.checkpoint.config import read_model_config
 from tokenspeed.checkpoint.source import resolve
 from tokenspeed.checkpoint.weights import load_weights, tensor_shapes
+from tokenspeed.kernels.forms import ROWS
 from tokenspeed.layers.attention import Attention, AttentionInput
 from tokenspeed.layers.forward import ForwardInput, LayerKV
 from tokenspeed.layers.module import BuildContext, Module
@@ -47,7 +48,7 @@ NAME = "m"
 Parts = list[torch.Tensor]
 
 
-def models_of(folder: Path, mesh: Mesh, device: str) -> list[CausalLM]:
+def models_of(folder: Path, mesh: Mesh, device: str, plain_form: str = ROWS) -> list[CausalLM]:
     """The model of every rank, its weights not yet loaded."""
 
     def context(rank: int) -> BuildContext:
@@ -58,6 +59,7 @@ def models_of(folder: Path, mesh: Mesh, device: str) -> list[CausalLM]:
             block_size=BLOCK,
             mesh=mesh,
             rank=rank,
+            plain_form=plain_form,
         )
 
     config = read_model_config(resolve(str(folder)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from tokenspeed.checkpoint.gguf_file import GGUFFile
+from tokenspeed.checkpoint.gguf_fields import describe
 from tokenspeed.checkpoint.quantisation import Quantisation, read_quantisation
 from tokenspeed.checkpoint.source import Source
 from tokenspeed.errors import CheckpointError
@@ -196,78 +196,6 @@ def _generation_defaults(fields: Mapping[str, Any], file: str) -> dict[str, floa
     return defaults
 
 
-# GGUF metadata key after the architecture's name → config.json's word.
-GGUF_FIELDS = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
-}
-GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
-GGUF_SAMPLING = {
-    "general.sampling.temp": "temperature",
-    "general.sampling.top_p": "top_p",
-    "general.sampling.top_k": "top_k",
-    "general.sampling.min_p": "min_p",
-    "general.sampling.penalty_repeat": "repetition_penalty",
-}
-GGUF_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
-
-
 def _read_gguf(path: Path) -> ModelConfig:
-    file = str(path)
-    with GGUFFile(path) as gguf:
-        metadata = gguf.metadata
-        name = metadata.get("general.architecture")
-        if not isinstance(name, str) or name not in GGUF_ARCHITECTURES:
-            supported = ", ".join(GGUF_ARCHITECTURES)
-            raise CheckpointError(f"{file}: general.architecture {_short(name)} is not supported ({supported})")
-        if metadata.get("split.count", 1) not in (0, 1):
-            raise CheckpointError(f"{file}: split.count: a GGUF split over several files is not supported")
-        if metadata.get(f"{name}.expert_count", 0) != 0:
-            raise CheckpointError(f"{file}: {name}.expert_count: mixtures of experts are not supported in GGUF")
-        hf = _gguf_fields(gguf, name, file)
-    end = [metadata[f"tokenizer.ggml.{key}"] for key in GGUF_END_TOKENS if f"tokenizer.ggml.{key}" in metadata]
-    generation = {word: metadata[key] for key, word in GGUF_SAMPLING.items() if key in metadata}
-    return _checked(
-        file,
-        GGUF_ARCHITECTURES[name],
-        hf,
-        "quantised",
-        {**generation, "eos_token_id": end, "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id")},
-        file,
-    )
-
-
-def _gguf_fields(gguf: GGUFFile, name: str, file: str) -> dict[str, Any]:
-    metadata = gguf.metadata
-    hf: dict[str, Any] = {"architectures": [GGUF_ARCHITECTURES[name]], "model_type": name}
-    for key, word in GGUF_FIELDS.items():
-        if (value := metadata.get(f"{name}.{key}")) is not None:
-            hf[word] = value
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    hf["vocab_size"] = metadata.get(f"{name}.vocab_size", len(tokens) if isinstance(tokens, list) else None)
-    hf["tie_word_embeddings"] = "output.weight" not in gguf.tensors
-    hf["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
-    hf["mlp_bias"] = "blk.0.ffn_gate.bias" in gguf.tensors
-    heads, hidden = hf.get("num_attention_heads"), hf.get("hidden_size")
-    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
-        rotated = metadata.get(f"{name}.rope.dimension_count", hf.get("head_dim", hidden // heads))
-        if rotated != hf.get("head_dim", hidden // heads):
-            raise CheckpointError(f"{file}: {name}.rope.dimension_count: rotating part of a head is not supported")
-    value_length = metadata.get(f"{name}.attention.value_length", hf.get("head_dim"))
-    if value_length != hf.get("head_dim"):
-        raise CheckpointError(f"{file}: {name}.attention.value_length: differs from key_length")
-    scaling = metadata.get(f"{name}.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise CheckpointError(f"{file}: {name}.rope.scaling.type {_short(scaling)} is not supported (none, linear)")
-    if scaling == "linear":
-        hf["rope_scaling"] = {"rope_type": "linear", "factor": metadata.get(f"{name}.rope.scaling.factor")}
-    if "rope_freqs.weight" in gguf.tensors:
-        hf["rope_scaling"] = {"rope_type": "divisors", "divisors": gguf.dequantised("rope_freqs.weight").tolist()}
-    return hf
+    file, found = str(path), describe(path)
+    return _checked(file, found.architecture, found.hf, found.dtype, found.generation, file)

@@ -15,6 +15,8 @@ from tokenspeed.checkpoint.safetensors_folder import SafeTensor, read_headers
 from tokenspeed.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+PART_ELEMENTS = 1 << 20
+"""Of a matrix that is read by rows."""
 
 Part = tuple[slice, ...]
 """A cut of the leading dimensions of a tensor."""
@@ -66,6 +68,12 @@ class FolderWeights:
             return
         for part, target in parts:
             target.copy_(self._read_float(name, part))
+
+    def rows(self, name: str, first: int, last: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The rows [first, last) of a matrix of plain numbers in float32, in parts: (start, rows)."""
+        step = max(1, PART_ELEMENTS // self.shapes[name][1])
+        for start in range(first, last, step):
+            yield start, self._read_float(name, (slice(start, min(start + step, last)),)).float()
 
     def close(self) -> None:
         """Close the file that was read last."""

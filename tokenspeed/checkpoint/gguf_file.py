@@ -84,33 +84,40 @@ class GGUFFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def stored(self, name: str) -> npt.NDArray[np.uint8]:
-        """The tensor's bytes, a copy."""
-        tensor = self.tensors[name]
-        return np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.start).copy()
-
     def dequantised(self, name: str) -> npt.NDArray[np.float32]:
         """The whole tensor as a new float32 array, whatever type it is stored in."""
-        out = np.empty(self.tensors[name].shape, dtype=np.float32)
+        shape = self.tensors[name].shape
+        out = np.empty((math.prod(shape[:-1]), shape[-1]), dtype=np.float32)
         for start, rows in self.dequantised_rows(name):
             out[start : start + rows.shape[0]] = rows
-        return out
+        return out.reshape(shape)
 
-    def dequantised_rows(self, name: str) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """The tensor in parts along its first dimension, each (start, new float32 array).
+    def dequantised_rows(
+        self, name: str, first: int = 0, last: int | None = None, together: int = 1
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """As `stored_rows`, as new float32 arrays."""
+        tensor = self.tensors[name]
+        for start, raw in self.stored_rows(name, first, last, together):
+            yield start, self._floats(tensor, raw.reshape(1, -1)).reshape(raw.shape[0], tensor.shape[-1])
 
-        A part has about `PART_ELEMENTS`, so that loading needs little memory beside the weights.
+    def stored_rows(
+        self, name: str, first: int = 0, last: int | None = None, together: int = 1
+    ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """The rows [first, last) of the tensor as they are stored, in parts: (start, bytes [n, bytes of a row]).
+
+        Rows run along the last dimension, all others are one. A part has about `PART_ELEMENTS`, so that loading needs
+        little memory beside the weights, and a multiple of `together` rows.
         """
         tensor = self.tensors[name]
-        # A vector is one row, so that a row is always whole blocks.
-        num_rows, *inner = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
+        num_rows = math.prod(tensor.shape[:-1])
         row_bytes = tensor.num_bytes // num_rows
-        step = max(1, PART_ELEMENTS // math.prod(inner))
-        for start in range(0, num_rows, step):
-            count = min(step, num_rows - start)
-            raw = np.frombuffer(self._map, np.uint8, count * row_bytes, tensor.start + start * row_bytes)
-            shape = (count, *inner) if len(tensor.shape) > 1 else tensor.shape
-            yield start, self._floats(tensor, raw.reshape(1, -1)).reshape(shape)
+        step = max(1, PART_ELEMENTS // (tensor.shape[-1] * together)) * together
+        last = num_rows if last is None else last
+        for start in range(first, last, step):
+            count = min(step, last - start)
+            # A copy: a view that an unfinished reader still has would keep the file from being closed.
+            raw = np.frombuffer(self._map, np.uint8, count * row_bytes, tensor.start + start * row_bytes).copy()
+            yield start, raw.reshape(count, row_bytes)
 
     def _floats(self, tensor: GGUFTensor, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         if tensor.type == GGMLQuantizationType.F64:

@@ -1,48 +1,52 @@
-"""Packed weights while they are loaded: their rows as they are stored, until the last one has come."""
+"""Packed weights while they are loaded: rows are packed as they come, so that nothing is in memory twice."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
-from tokenspeed.checkpoint.gguf_blocks import packed
-from tokenspeed.kernels.forms import pack
+from tokenspeed.errors import CheckpointError
+from tokenspeed.kernels.forms import GROUP, Rows, pack, put_rows, rounded
 from tokenspeed.layers.module import Weight
 from tokenspeed.parallel.shards import Piece
 
 
-class Blocks(NamedTuple):
-    """A quantised tensor as it is stored: rows [N, bytes of a row] of blocks of so many bytes."""
+class RowReader(Protocol):
+    """A checkpoint that hands out matrices by rows."""
 
-    rows: torch.Tensor
-    block_bytes: int
+    shapes: dict[str, tuple[int, ...]]
 
-
-class BlockReader(Protocol):
-    """A checkpoint that hands out stored tensors."""
-
-    def blocks(self, name: str) -> Blocks: ...
+    def rows(self, name: str, first: int, last: int) -> Iterator[tuple[int, Rows | torch.Tensor]]:
+        """The rows [first, last), and perhaps some around them, in parts (start, rows): as they are stored where that
+        is a form of the kernels, else in float32."""
 
 
-class PackedBlocks:
-    """One weight on its way. Its pieces are whole tensors, one below the other."""
+def fill_packed(reader: RowReader, name: str, weight: Weight, piece: Piece) -> None:
+    """Read one piece of a packed weight; plain numbers are rounded. Raises `CheckpointError` for those that 8 bits
+    cannot hold."""
+    row_cut, column_cut = (*piece.part, *(slice(None),) * (2 - len(piece.part)))
+    num_rows, num_columns = reader.shapes[name]
+    first, last, _ = row_cut.indices(num_rows)
+    begin, end, _ = column_cut.indices(num_columns)
+    columns = slice(begin, -(-end // GROUP) * GROUP)
+    at = piece.at[0]
+    assert isinstance(at, slice)
+    for start, found in reader.rows(name, first, last):
+        rows = round_rows(name, found) if isinstance(found, torch.Tensor) else found
+        here, till = max(start, first), min(start + rows.values.shape[0], last)
+        few = rows.window(here - start, till - start, columns)
+        few = few if few.form == weight.form else few.as_mixed()
+        put_rows(weight.parameter.data, (at.start or 0) + here - first, few)
 
-    def __init__(self, weight: Weight, reader: BlockReader) -> None:
-        self._weight, self._reader = weight, reader
-        self._missing = len(weight.pieces)
-        self._rows: torch.Tensor | None = None
 
-    def add(self, name: str, piece: Piece) -> None:
-        """Read the tensor of one piece; with the last one, fill the weight."""
-        stored = self._reader.blocks(name)
-        if self._rows is None:
-            self._rows = torch.empty((self._weight.shape[0], stored.rows.shape[1]), dtype=torch.uint8)
-        self._rows[piece.at[0]] = stored.rows
-        self._missing -= 1
-        if not self._missing:
-            self._weight.parameter.data.copy_(packed(self._weight.form, self._rows, stored.block_bytes).data)
-            self._rows = None
+def round_rows(name: str, values: torch.Tensor) -> Rows:
+    """Rows of the tensor `name` in 8 bits."""
+    rows = rounded(values)
+    if not rows.scales.isfinite().all():
+        raise CheckpointError(f"tensor {name}: 8 bits cannot hold numbers that are infinite, above 8e6, or none at all")
+    return rows
 
 
 class PackedRows:

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from tokenspeed.kernels.forms import PANELS, pack
+from tokenspeed.checkpoint.packing import round_rows
+from tokenspeed.kernels.forms import PANELS, ROWS, pack, put_rows
 from tokenspeed.layers.module import Weight
 
 STD = 0.02
 EMBEDDING_SCALE = 25.0
 SEED = 0
+PART_ROWS = 256
+"""Of a packed weight that are made before they are rounded."""
 
 
 def fill_random(weights: Iterable[Weight], progress: Callable[[int, int], None] | None = None) -> None:
@@ -27,15 +30,27 @@ def fill_random(weights: Iterable[Weight], progress: Callable[[int, int], None] 
         device = weight.parameter.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(SEED)
-        data = weight.parameter.data
-        packed = weight.form == PANELS
-        rows = torch.empty(weight.shape, dtype=data.dtype, device=device) if packed else data
-        randomise(weight.whole_pieces[0].source, rows, generators[device])
-        if packed:
-            data.copy_(pack(rows).data)
+        _fill(weight, generators[device])
         done += _num_bytes(weight)
         if progress is not None:
             progress(done, total)
+
+
+def _fill(weight: Weight, generator: torch.Generator) -> None:
+    name, values = weight.whole_pieces[0].source, weight.parameter.data
+    if weight.form == ROWS:
+        randomise(name, values, generator)
+        return
+    if weight.form == PANELS:
+        whole = torch.empty(weight.shape, dtype=values.dtype, device=values.device)
+        randomise(name, whole, generator)
+        values.copy_(pack(whole).data)
+        return
+    num_rows, columns = weight.shape
+    for start in range(0, num_rows, PART_ROWS):
+        rows = torch.empty((min(PART_ROWS, num_rows - start), columns))
+        randomise(name, rows, generator)
+        put_rows(values, start, round_rows(name, rows))
 
 
 def randomise(name: str, values: torch.Tensor, generator: torch.Generator) -> None:

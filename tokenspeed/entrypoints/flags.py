@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import msgspec
 
 from tokenspeed import __version__
-from tokenspeed.config import BLOCK_SIZES, STEERED_FLOOR, DType, EngineConfig, LoadFormat, Parallel
+from tokenspeed.config import BLOCK_SIZES, STEERED_FLOOR, DType, EngineConfig, LoadFormat, Parallel, Quantization
 from tokenspeed.errors import ConfigError
 from tokenspeed.parallel.launched import over_launched
 from tokenspeed.parallel.mesh import Mesh
@@ -63,6 +63,7 @@ FLAGS = (
     Flag("--chat-template", "chat_template", str, "file with a Jinja chat template, if not the model's own", True),
     Flag("--dtype", "dtype", DType, "type of weights and activations", True),
     Flag("--load-format", "load_format", LoadFormat, "how the checkpoint is stored", True),
+    Flag("--quantization", "quantization", Quantization, "int8 rounds weights to 8 bits while loading, on a CPU", True),
     Flag("--max-model-len", "max_model_len", int, "context in tokens; default: the checkpoint's", True),
     Flag("--block-size", "block_size", int, f"tokens in a KV block: {', '.join(map(str, BLOCK_SIZES))}", True),
     Flag("--max-num-seqs", "max_num_seqs", int, "requests that run at once", True),

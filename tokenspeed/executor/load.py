@@ -15,7 +15,7 @@ from tokenspeed.batch import BatchLimits
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import resolve
 from tokenspeed.checkpoint.weights import default_dtype, load_weights, stored_forms
-from tokenspeed.config import MAX_THREADS, EngineConfig
+from tokenspeed.config import MAX_THREADS, EngineConfig, Quantization
 from tokenspeed.errors import ConfigError
 from tokenspeed.executor.cpu import CpuExecutor
 from tokenspeed.executor.device_step import Model
@@ -92,7 +92,7 @@ def load_executor(
     forms = stored_forms(source) if config.dtype == "auto" and device.type == "cpu" else {}
     ctx = BuildContext.of(
         forms=forms,
-        plain_form=plain_form(Target(Platform.of(device), dtype)),
+        plain_form=form_of_plain(config.quantization, Target(Platform.of(device), dtype), model_config),
         device=device,
         dtype=dtype,
         max_positions=max_model_len,
@@ -115,14 +115,26 @@ def load_executor(
     name = model_config.architecture
     runs: Model = model if world is None else OverRanks(model, world, name).prepared(limits.max_tokens)
     executor, where = started(runs, ctx, needs, fits, config.num_threads, place, world)
+    rounded = "" if config.quantization == "none" else f", weights rounded to {config.quantization}"
     summary = (
-        f"{source.name} ({model_config.architecture}, {dtype}) on {where}; context {max_model_len}; "
+        f"{source.name} ({model_config.architecture}, {dtype}{rounded}) on {where}; context {max_model_len}; "
         f"KV cache of {executor.num_blocks} blocks of {config.block_size} tokens, "
         f"{mib(executor.num_blocks * needs.per_block)}"
     )
     return LoadedExecutor(
         executor, limits, max_model_len, model_config.vocab_size, model_config.eos_token_ids, summary, world
     )
+
+
+def form_of_plain(quantization: Quantization, target: Target, config: ModelConfig) -> str:
+    """The form that matrices of plain numbers get. Raises `ConfigError` where they cannot be rounded."""
+    if quantization == "none":
+        return plain_form(target)
+    if target.platform.vendor != "cpu":
+        raise ConfigError(f"--quantization {quantization} needs a CPU, this engine runs on {target.platform.vendor}")
+    if config.dtype == "quantised":
+        raise ConfigError(f"--quantization {quantization}: the weights of {config.file} are quantised already")
+    return "q8_0"
 
 
 def limits_of(config: EngineConfig, max_model_len: int, step_tokens: int) -> BatchLimits:
@@ -190,6 +202,7 @@ def agree(
         ("--model", f"{model_config.architecture} {hashlib.sha256(described).hexdigest()[:16]}"),
         ("--load-format", config.load_format),
         ("--dtype", str(dtype)),
+        ("--quantization", config.quantization),
         ("--block-size", str(limits.block_size)),
         ("--max-model-len", str(limits.max_blocks * limits.block_size)),
         ("--max-num-seqs", str(limits.max_rows)),

@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import ops
-from tokenspeed.kernels.forms import ROWS, Packed, packed_shape
+from tokenspeed.kernels.forms import GROUP, PANELS, QUANTISED, ROWS, Packed, common_form, packed_shape
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.parallel.cost import Work
 from tokenspeed.parallel.mesh import Mesh
@@ -28,7 +28,8 @@ class BuildContext:
     run, which sizes the rotary tables; `block_size` tokens a KV block; `prefix` the dotted name of the
     checkpoint tensors of the module under construction; `rank` the rank of `mesh` that the model is built for.
     `forms` says which checkpoint tensors are matrices that kernels multiply as they are stored, and in which form;
-    `plain_form` is the form of the others, which are packed as they are loaded.
+    `plain_form` is the form that all other matrices get when they are loaded: rows, panels, or q8_0, to which they are
+    rounded.
     """
 
     device: torch.device
@@ -154,17 +155,17 @@ class Module(nn.Module):
         return parameter
 
     def declare_matrix(self, ctx: BuildContext, shape: Shape, pieces: Iterable[Piece], *shares: Share) -> ops.Matrix:
-        """As `declare`, for a matrix [N,K] that is only multiplied with, or looked up: in the form in which the
-        checkpoint has it, where that is one form for all of it and this rank holds whole tensors; else in the
-        context's form of plain numbers."""
+        """As `declare`, for a matrix [N,K] that is only multiplied with, or looked up: in the form that its pieces have
+        in common, where this rank holds whole groups of each of their rows; else as plain numbers."""
         whole_pieces = tuple(pieces)
         (rows, columns), kept = local(shape, whole_pieces, shares, ctx.mesh, ctx.rank)
-        forms = {ROWS if piece.part else ctx.forms.get(piece.source, ROWS) for piece in kept}
-        form = ctx.plain_form if len(forms) != 1 or ROWS in forms else forms.pop()
+        form = common_form({ctx.forms.get(piece.source, ctx.plain_form) for piece in kept})
+        if form == ROWS or (form in QUANTISED and columns != shape[1] and columns % GROUP):
+            form = PANELS if ctx.plain_form == PANELS else ROWS
         if form == ROWS:
             return self.declare(ctx, shape, whole_pieces, *shares)
         packed, dtype = packed_shape(form, rows, columns, ctx.dtype)
-        parameter = _uninitialised(ctx, packed, dtype, zeros=not kept)
+        parameter = _uninitialised(ctx, packed, dtype, zeros=True)
         self._weights.append(Weight(parameter, kept, shape, whole_pieces, shares, (rows, columns), form))
         self.register_parameter("packed", parameter)
         return Packed(parameter, form, rows, columns)
