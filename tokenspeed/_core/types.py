@@ -66,7 +66,8 @@ class Stats:
     `running` requests are fetching, prefilling or decoding; `draining` ones have left but a launched step may still
     touch their memory; `blocks_used` have a holder, `blocks_cached` are evictable prefix cache; `host_blocks_used` are
     in the second tier. `sessions_waiting` requests belong to sessions that do not fit beside the `sessions_resident`.
-    `prompt_tokens` are those of admitted requests, `cached_prompt_tokens` of these were prefix hits.
+    `prompt_tokens` are those of admitted requests, `cached_prompt_tokens` of these were prefix hits. `pools` are the
+    counters of each pool where there are several.
     """
 
     running: int
@@ -85,3 +86,4 @@ class Stats:
     generated_tokens: int
     blocks_offloaded: int
     blocks_loaded: int
+    pools: tuple[Stats, ...] = ()
