@@ -220,13 +220,17 @@ class JointPlan(Plan, frozen=True):
             buffers.token_ids[tokens : tokens + part.num_tokens] = part.token_ids
             buffers.sample_rows[samples : samples + part.num_samples] = part.sample_rows + rows
             if part.num_deltas:
-                buffers.table_delta[deltas : deltas + part.num_deltas] = part.table_delta + (slot, 0, 0)
+                table_delta = buffers.table_delta[deltas : deltas + part.num_deltas]
+                table_delta[:] = part.table_delta
+                table_delta[:, 0] += slot
             if part.num_bound:
-                buffers.bound[bound : bound + part.num_bound] = part.bound + (slot, bound)
+                buffers.bound[bound : bound + part.num_bound, 0] = part.bound[:, 0] + slot
+                buffers.bound[bound : bound + part.num_bound, 1] = part.bound[:, 1] + bound
                 buffers.bound_ids[bound : bound + part.num_bound] = part.bound_ids
             if part.num_copies:
-                joint = part.copies * (len(parts), 1, 1, 1) + (pool, 0, 0, 0)
-                buffers.copies[copies : copies + part.num_copies] = joint
+                joint = buffers.copies[copies : copies + part.num_copies]
+                joint[:] = part.copies
+                joint[:, 0] = part.copies[:, 0] * len(parts) + pool
             if part.num_released:
                 buffers.released[released : released + part.num_released] = part.released + slot
             rows, tokens, deltas = rows + part.num_rows, tokens + part.num_tokens, deltas + part.num_deltas

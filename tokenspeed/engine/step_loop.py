@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from tokenspeed._core import Refusal
-from tokenspeed._core.scheduler import Scheduler
+from tokenspeed._core.pools import ControlPlane
 from tokenspeed.batch import Finish, Int32Array, Logprobs, Plan, StepResult
 from tokenspeed.engine.grammars import Constraint, Grammars
 from tokenspeed.engine.messages import ChoiceTokens, EngineStats, Submit
@@ -84,7 +84,7 @@ class StepLoop:
 
     def __init__(
         self,
-        core: Scheduler,
+        core: ControlPlane,
         executor: Executor,
         *,
         overlap: int,

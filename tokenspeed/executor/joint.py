@@ -198,7 +198,8 @@ def _joined(parts: Sequence[_Scores | None], samples: Sequence[int]) -> Logprobs
     for part, count in zip(parts, samples, strict=True):
         if part is not None:
             scores, own = part.read(), slice(first, first + count)
-            joint.token_ids[own], joint.logprobs[own], joint.ranks[own] = scores.token_ids, scores.logprobs, scores.ranks
+            joint.token_ids[own], joint.logprobs[own] = scores.token_ids, scores.logprobs
+            joint.ranks[own] = scores.ranks
             joint.top_ids[own, : part.k], joint.top_logprobs[own, : part.k] = scores.top_ids, scores.top_logprobs
         first += count
     return joint
