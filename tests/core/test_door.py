@@ -13,7 +13,7 @@ import pytest
 
 from tests.core.driver import LIMITS, Driver, int32, prompt_of
 from tokenspeed._core import Misuse, Policy, Refusal, Scheduler
-from tokenspeed._core.scheduler import block_hashes, siphash
+from tokenspeed._core.scheduler import PromptHashes, block_hashes, siphash
 from tokenspeed.batch import BatchLimits, PlanBuffers
 
 HUGE = 10**5000  # too long to be printed

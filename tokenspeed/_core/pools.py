@@ -56,6 +56,8 @@ class Pools:
     many sessions begin with does not draw all of them into one pool. A pool that refuses for want of room is not the
     last that is asked.
 
+    **Floors** are steered for in each pool by itself, and never promised.
+
     **Step times** depend on the pool that computes most, so that one alone learns from them.
     """
 
@@ -97,6 +99,8 @@ class Pools:
         held = self._pool_of.get(request_id)
         if held is not None and self._pools[held].holds(request_id):
             return self._pools[held].submit(request_id, prompt, **terms)  # which refuses it
+        if terms.get("tps_floor"):
+            return Refusal.NO_PROMISES
         first: Refusal | None = None
         for pool, uncached in self._by_work(prompt, terms):
             refusal = self._pools[pool].submit(request_id, prompt, **terms)

@@ -29,6 +29,9 @@ class Refusal(enum.IntEnum):
     """The KV cache is full of sessions in use, and the request's own would have to wait too long."""
     FLOOR_OUT_OF_REACH = 9
     """Not even alone could the request keep the floor that it is promised."""
+    NO_PROMISES = 10
+    """Where there are several pools no floor is promised: a pool does not know the prompts of the others, for which its
+    streams wait, too. Only `Pools` say so."""
 
     @property
     def can_retry(self) -> bool:
@@ -87,3 +90,8 @@ class Stats:
     blocks_offloaded: int
     blocks_loaded: int
     pools: tuple[Stats, ...] = ()
+
+    @property
+    def blocks_total(self) -> int:
+        """Blocks on the device."""
+        return self.blocks_free + self.blocks_cached + self.blocks_used

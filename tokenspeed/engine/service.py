@@ -175,7 +175,7 @@ class EngineService:
 
     async def _load(self, progress: Progress) -> LoadedExecutor:
         """An executor, and with it this rank's place among the others."""
-        if served_mesh(self._config.parallel).world == 1:
+        if served_mesh(self._config.parallel, self._config.tps_floor).world == 1:
             return await asyncio.to_thread(load_executor, self._config, progress)
         level, style = self._log_style
         ranks = self._ranks = await Ranks.start(

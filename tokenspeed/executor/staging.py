@@ -45,8 +45,8 @@ class Staging(PlanBuffers):
     ============  =========  =================================================================
 
     `results` [1 + G, R] int32 receives the faults of the rows, and the tokens of each of G groups of ranks; `clock`
-    times the step. `masks` [R, 1 + V/32] int32 has a slot and its mask in each row, which travel by themselves, in steps
-    that have any.
+    times the step. `masks` [R, 1 + V/32] int32 has a slot and its mask in each row, which travel by themselves, in
+    steps that have any.
     For a GPU it is page-locked, so that copies run beside the host. Everything is reused once the step has landed.
     """
 
