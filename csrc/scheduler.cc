@@ -355,7 +355,7 @@ std::optional<std::int32_t> Scheduler::cached_tokens(RequestId id) const {
 Familiarity Scheduler::familiarity(std::span<const Hash> prompt, std::int64_t session) const {
   PrefixMatch match;
   match_prefix(pool_, host_, prompt, match);
-  return {sessions_.knows(session, prompt), match.size() * limits_.block_size};
+  return {sessions_.knows(session), match.size() * limits_.block_size};
 }
 
 Counters Scheduler::counters() const {

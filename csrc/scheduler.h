@@ -109,7 +109,7 @@ struct Counters {
 
 // What there is of a request that has not been submitted.
 struct Familiarity {
-  bool session = false;     // its session is known
+  bool session = false;     // the session that it names is known
   std::int32_t cached = 0;  // tokens of its prompt that would be prefix hits
 };
 

@@ -128,10 +128,12 @@ def test_familiarity_is_what_an_admission_then_finds() -> None:
     def of(salt: bytes, prompt: Sequence[int], session: int = 0) -> tuple[bool, int]:
         return core.familiarity(PromptHashes(KEY, salt, int32(prompt), LIMITS.block_size), session)
 
-    assert of(b"a", [*range(14), 9, 9, 9]) == (True, 12)
+    assert of(b"a", [*range(14), 9, 9, 9]) == (False, 12)
     assert of(b"a", [*range(9), 9, 9, 9]) == (False, 8)
     assert of(b"b", range(14)) == of(b"a", [3]) == of(b"a", []) == (False, 0)
-    assert of(b"a", range(14), session=5) == (False, 12), "a request that names a session is of no other"
+    assert of(b"a", range(14), session=5) == (False, 12)
+    core.submit(2, int32(range(14)), now=1.0, max_tokens=1, stop_ids=int32([]), session=5)
+    assert of(b"", [3], session=5) == (True, 0) and of(b"", [3], session=6) == (False, 0)
 
 
 def test_a_pool_without_room_is_not_the_last_that_is_asked_and_a_refusal_says_when_to_come_back() -> None:

@@ -48,7 +48,7 @@ def test_layouts_that_the_engine_cannot_serve_are_refused_by_their_flags() -> No
         assert served_mesh(asked).size("attn_data") == 2
         with pytest.raises(ConfigError, match="--tps-floor 50 with --attn-dp-size 2"):
             served_mesh(asked, 50.0)
-    with pytest.raises(ConfigError, match="--vocab-tp-size 4 with --attn-dp-size 2.* over the 2 of a group"):
+    with pytest.raises(ConfigError, match=r"--vocab-tp-size 4 with --attn-dp-size 2.* over the 2 of a group"):
         served_mesh(Parallel(world=4, attn_dp=2, vocab_tp=4))
     with pytest.raises(ConfigError, match="--moe-ep-size 3 does not divide"):
         served_mesh(Parallel(world=4, moe_ep=3))

@@ -50,10 +50,11 @@ class Pools:
     """As a `Scheduler`, of `num_blocks` in each pool; the other sizes are those of each pool by itself, `max_queued`
     aside, which they share.
 
-    **Routing.** The next turn of a session goes where the session is. Any other request goes where there will be the
-    least to compute: the prompt tokens that wait there, those of its own that are not cached there, and
-    `STREAM_TOKENS` for every request there. Equal ones are decided by who holds fewer blocks, then by number. So what
-    many sessions begin with does not draw all of them into one pool. A pool that refuses for want of room is not the
+    **Routing.** The next turn of a session that has a name goes where the session is. Any other request goes where
+    there will be the least to compute: the prompt tokens that wait there, those of its own that are not cached there,
+    and `STREAM_TOKENS` for every request there. So a conversation stays where it is cached, as long as that is worth
+    more than another pool's idleness, and what many conversations begin with does not draw all of them into one pool.
+    Equal ones are decided by who holds fewer blocks, then by number. A pool that refuses for want of room is not the
     last that is asked.
 
     **Floors** are steered for in each pool by itself, and never promised.

@@ -124,8 +124,8 @@ class Scheduler:
         """Whether a request is unfinished, or has ended but a launched step may still touch its memory."""
 
     def familiarity(self, prompt: PromptHashes, session: int = 0) -> tuple[bool, int]:
-        """Of a request that has not been submitted: whether its session is known, and how many tokens of its prompt
-        would be prefix hits now. `session` as for `submit`; the hashes are under this control plane's key."""
+        """Of a request that has not been submitted: whether the session that it names is known, and how many tokens
+        of its prompt would be prefix hits now. `session` as for `submit`; the hashes are under this scheduler's key."""
 
     def stats(self) -> Stats:
         """The counters, in O(1)."""
