@@ -34,6 +34,7 @@ LOOKS = frozenset({"dump"})
 KEEP_ALIVE_SECONDS = 5.0
 """After so long without a frame an empty one is sent: a rank that is gone is noticed by sending."""
 
+
 class Bound(msgspec.Struct, array_like=True, frozen=True):
     """How a newly bound request samples, and whether the rank that decides its tokens is sent masks: see `Binding`."""
 
@@ -71,10 +72,6 @@ class Leader:
     decide tokens, too.
     """
 
-    @property
-    def sends_masks(self) -> bool:
-        return self._sends_masks
-
     def __init__(
         self,
         send: Callable[[bytes], None],
@@ -84,7 +81,7 @@ class Leader:
         sends_masks: bool = False,
     ) -> None:
         self._send = send
-        self._sends_masks = sends_masks
+        self.sends_masks = sends_masks
         self._lost = lost
         self._recorder: Recorder | None = None
         self._debug = debug
@@ -124,7 +121,7 @@ class Leader:
         self._in_flight.append(plan.step)
         digest = Answer.of(plan).digest if self._debug else b""
         bound = [
-            Bound(each.params, each.seed, each.stop_ids.tolist(), each.masked and self._sends_masks)
+            Bound(each.params, each.seed, each.stop_ids.tolist(), each.masked and self.sends_masks)
             for each in bindings
         ]
         self._flush(Frame(self._calls, plan.step, bound, None, digest))
