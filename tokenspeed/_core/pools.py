@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tokenspeed._core.scheduler import PromptHashes, Scheduler
 from tokenspeed._core.types import Misuse, Refusal, Stats
@@ -20,6 +21,7 @@ from tokenspeed.batch import (
     NOT_FINITE,
     OUTPUT_RECORD,
     BatchLimits,
+    Finish,
     Int32Array,
     JointBuffers,
     JointPlan,
@@ -158,23 +160,25 @@ class Pools:
         if not (failed | ((tokens >= 0).all(-1) & (num_tokens == 1))).all():
             raise Misuse(f"step {step}: a sample row gives one token id, or NOT_FINITE")
         most = max(part[2] for part in launched.parts if part is not None)
-        records, first = [], 0
+        records, firsts, first = [], [], 0
         for pool, part in zip(self._pools, launched.parts, strict=True):
             if part is None:
                 continue
             number, samples, computed = part
             own = slice(first, first + samples)
             took = seconds if computed == most else 0.0
-            records.append(_behind(pool.commit(number, tokens[own], num_tokens[own], took), first))
+            records.append(pool.commit(number, tokens[own], num_tokens[own], took).records)
+            firsts.append(first)
             first += samples
         self._in_flight.popleft()
-        outputs = Outputs(b"".join(records))
-        for request_id, _, _, _, finish, _, _ in outputs.entries():
-            self._owed.paid(request_id)
-            if finish:
-                self._end(request_id)
+        joint = _joined(records, firsts)
+        if self._owed:
+            for request_id in joint["request_id"].tolist():
+                self._owed.paid(request_id)
+        for request_id in joint["request_id"][joint["finish"] != Finish.NONE].tolist():
+            self._end(request_id)
         self._ended = [request_id for request_id in self._ended if not self._has_left(request_id)]
-        return outputs
+        return Outputs(joint.tobytes())
 
     def land_copies(self, landed: Int32Array, failed: Int32Array) -> None:
         """As `Scheduler.land_copies`, with the tickets of joint plans."""
@@ -306,6 +310,9 @@ class _Owed:
         self._of[request_id] = (pool, tokens)
         self.tokens[pool] += tokens
 
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
     def paid(self, request_id: int) -> None:
         """The request has had its first token, or has ended; whichever comes first counts."""
         pool, tokens = self._of.pop(request_id, (0, 0))
@@ -320,13 +327,13 @@ class _Owed:
         return None if sums == self.tokens else f"pools owe {sums} prompt tokens, but count {self.tokens}"
 
 
-def _behind(outputs: Outputs, first: int) -> bytes:
-    """The records of a pool whose samples stand behind `first` others."""
-    if not first:
-        return outputs.records
-    records = np.frombuffer(outputs.records, OUTPUT_RECORD).copy()
-    records["sample_index"] += np.where(records["sample_index"] < 0, 0, first).astype(np.int32)
-    return records.tobytes()
+def _joined(records: Sequence[bytes], firsts: Sequence[int]) -> npt.NDArray[np.void]:
+    """The records of several pools, whose samples stand behind so many others each."""
+    joint: npt.NDArray[np.void] = np.frombuffer(bytearray(b"".join(records)), OUTPUT_RECORD)
+    sample_index = joint["sample_index"]
+    counts = [len(each) // OUTPUT_RECORD.itemsize for each in records]
+    sample_index += np.repeat(np.array(firsts, dtype=np.int32), counts) * (sample_index >= 0)
+    return joint
 
 
 def _requests(dump: dict[str, object]) -> Iterator[object]:
