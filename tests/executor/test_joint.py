@@ -9,16 +9,21 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.executor import joint_jobs
 from tests.executor.hash_model import VOCAB, HashModel
 from tests.executor.random_planner import RandomPlanner, Step
 from tests.executor.test_cpu_executor import LIMITS, NUM_BLOCKS, check_against_direct_computation, requests
 from tests.executor.test_gpu_executor import CPU, OPS
+from tests.models.families import write
+from tests.parallel.pool import started
+from tests.toy import greedy
 from tokenspeed.batch import Int32Array, JointPlan, Logprobs, Plan, PlanBuffers, StepResult
 from tokenspeed.errors import InvariantBroken
 from tokenspeed.executor.cpu import CpuExecutor
@@ -26,6 +31,7 @@ from tokenspeed.executor.gpu import GpuExecutor
 from tokenspeed.executor.interface import Binding, Flight, Mask
 from tokenspeed.executor.joint import JointExecutor
 from tokenspeed.layers.forward import ForwardInput, LayerKV
+from tokenspeed.parallel.mesh import Mesh
 from tokenspeed.request import SamplingParams
 
 RANKS, GROUPS = 4, 2
@@ -257,3 +263,15 @@ def test_a_plan_of_another_number_of_pools_is_not_launched() -> None:
     with pytest.raises(InvariantBroken, match="as many pools"):
         ranks.executors[0].launch(Plan(1, part, *[0] * 9), [])
     ranks.close()
+
+
+def test_groups_of_processes_generate_what_transformers_does(tmp_path: Path) -> None:
+    """Control plane, a GPU's executor and a model over gloo: decode steps have the form that graphs are captured of."""
+    reference = write(tmp_path, "deepseek-v3", seed=5, num_hidden_layers=2)
+    arrivals = [(0, [5, 9, 300, 41]), (4, list(range(100, 130))), (6, list(range(3, 40, 2)))]
+    wanted = [greedy(reference, prompt, 8) for _, prompt in arrivals]
+    with started(4) as pool:
+        for mesh in (Mesh.of(2, attn_dp=2, moe_ep=2), Mesh.of(4, attn_dp=2, moe_ep=4)):
+            for answer in pool.over(mesh, joint_jobs.generated, tmp_path, arrivals, 8):
+                assert answer["texts"] == wanted and answer["check"] is None, str(mesh)
+                assert answer["idle"] >= 3, "decode steps in which one group had no row"
