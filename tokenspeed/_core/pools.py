@@ -41,7 +41,8 @@ ELSEWHERE = frozenset({Refusal.TOO_LONG_FOR_CACHE})
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step in flight: its number, and of each pool the number of its own step and of its samples, None for none."""
+    """A step in flight: its number, of each pool the number of its own step, of its samples and of its tokens (None: it
+    had nothing to do), and all samples."""
 
     step: int
     parts: tuple[tuple[int, int, int] | None, ...]
