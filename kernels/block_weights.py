@@ -50,6 +50,19 @@ class MlpWeights(NamedTuple):
     down_bias: Tensor | None
 
 
+class DenseLayer(NamedTuple):
+    """A layer of a dense decoder: the gains [H] of the norms before its two blocks and their eps, its attention with
+    `head_eps` of the norms on heads and the scale of scores, its feed-forward."""
+
+    attention_gain: Tensor
+    attention: GqaWeights
+    head_eps: float
+    scale: float
+    mlp_gain: Tensor
+    mlp: MlpWeights
+    eps: float
+
+
 class MlaWeights(NamedTuple):
     """down [L + C + P, H] with bias or None: to the query's latent (L = 0 without one) and to the cache's; q_gain [L]
     or None, kv_gain [C]; q_up [Hq (N + P), L or H]; k_up [Hq,N,C], v_up [Hq,V,C]; cos_sin [P',P]; out [H, Hq V] with

@@ -18,6 +18,8 @@ PANEL_ROWS = 16
 GROUP = 32
 ROWS = "rows"
 """The form of a plain tensor [rows, columns]."""
+PANELS = "panels"
+"""The form of plain numbers, packed."""
 
 
 class Packed(NamedTuple):
@@ -57,7 +59,7 @@ QUANTISED: Mapping[str, Quantised] = {
 }
 """The forms with fewer bits. `panels` are plain numbers, packed."""
 
-FORMS = (ROWS, "panels", *QUANTISED)
+FORMS = (ROWS, PANELS, *QUANTISED)
 
 
 def form_of(matrix: Matrix) -> str:
@@ -79,7 +81,7 @@ def num_bytes(matrix: Matrix) -> int:
 def packed_shape(form: str, rows: int, columns: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and type of the data of a packed matrix [rows, columns] for activations of `dtype`."""
     outer = (-(-rows // PANEL_ROWS), -(-columns // GROUP))
-    if form == "panels":
+    if form == PANELS:
         parts = _parts(dtype)
         return (*outer, GROUP // parts, PANEL_ROWS, parts), dtype
     return (*outer, QUANTISED[form].group_bytes), torch.uint8
@@ -104,7 +106,7 @@ def pack(rows: Tensor) -> Packed:
     groups, parts = -(-columns // GROUP), _parts(rows.dtype)
     whole = torch.nn.functional.pad(rows, (0, groups * GROUP - columns)).view(num_rows, groups, parts, GROUP // parts)
     data = _panelled(whole).permute(0, 1, 4, 2, 3).contiguous()
-    return Packed(data, "panels", num_rows, columns)
+    return Packed(data, PANELS, num_rows, columns)
 
 
 def pack_quantised(form: str, values: Tensor, scales: Tensor, minimums: Tensor | None) -> Packed:
@@ -128,7 +130,7 @@ def unpack(matrix: Packed, dtype: torch.dtype) -> Tensor:
     """The matrix as rows [N,K] of `dtype`, computed in it."""
     data, form, num_rows, columns = matrix
     panels, groups = data.shape[:2]
-    if form == "panels":
+    if form == PANELS:
         rows = data.to(dtype).permute(0, 3, 1, 4, 2)
     else:
         kind = QUANTISED[form]

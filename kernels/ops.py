@@ -12,11 +12,20 @@ All ops are on this one long page, a protocol and a function each, because it is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MlpWeights, MoeWeights
+from tokenspeed.kernels.block_weights import (
+    CacheRows,
+    DenseLayer,
+    Edge,
+    GqaWeights,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+)
 from tokenspeed.kernels.forms import ROWS, Matrix, Packed, form_of, num_bytes, num_rows
 from tokenspeed.kernels.peers import Peers
 from tokenspeed.kernels.registry import KernelError, Target
@@ -30,6 +39,7 @@ __all__ = [
     "DecodeInputs",
     "DecodeInputsOp",
     "DecodeRows",
+    "DenseLayer",
     "Edge",
     "Embedding",
     "GqaBlockDecode",
@@ -60,6 +70,7 @@ __all__ = [
     "SamplerState",
     "SiluMul",
     "SlotState",
+    "StackDecode",
     "Target",
     "all_reduce_norm",
     "decode_inputs",
@@ -92,6 +103,7 @@ __all__ = [
     "rotary",
     "sample",
     "silu_mul",
+    "stack_decode",
 ]
 
 
@@ -362,6 +374,24 @@ class MoeBlockDecode(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """x [T,H] → (y [T,H], residual or None), the edge as in `GqaBlockDecode`: scores of the normed x in float32,
         routing as `MoeRoute` says, the experts' sum."""
+
+
+class StackDecode(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        layers: tuple[DenseLayer, ...],
+        caches: Sequence[tuple[Tensor, ...]],
+        rows: CacheRows,
+        gain: Tensor,
+        eps: float,
+        /,
+    ) -> Tensor:
+        """All layers of a dense decoder, for a decode step's R rows: x [R,H] → hidden [R,H], normed with `gain`.
+
+        In each layer x += `GqaBlockDecode` of the normed x, over its (k, v) of `caches`; then x += `MlpBlockDecode` of
+        the normed x. Matrices may be in other forms from layer to layer.
+        """
 
 
 class LmHeadSample(Protocol):
@@ -647,3 +677,28 @@ def moe_block_decode(
 def lm_head_sample(target: Target, *, hidden_size: int, vocab_size: int) -> LmHeadSample:
     """From the last hidden states to tokens, on one rank."""
     return select("lm_head_sample", target, hidden_size=hidden_size, vocab_size=vocab_size)
+
+
+def stack_decode(
+    target: Target,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    interleaved: bool = False,
+) -> StackDecode:
+    """All layers of a dense decoder (MHA, GQA and MQA) in a decode step, and the last norm, on one rank."""
+    return select(
+        "stack_decode",
+        target,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        interleaved=interleaved,
+    )

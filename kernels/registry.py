@@ -45,6 +45,7 @@ OPS: Mapping[str, tuple[str, ...]] = {
     "rotary": ("head_dim", "interleaved"),
     "sample": (),
     "silu_mul": (),
+    "stack_decode": (*_ATTENTION, "hidden_size", "intermediate_size", "interleaved"),
 }
 """Every op with the traits that its face passes to selection. A declaration may restrict no other trait."""
 
@@ -54,8 +55,14 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "mla_block_decode": ("rms_norm", "linear", "rotary", "kv_store", "mla_decode"),
     "mlp_block_decode": ("rms_norm", "linear", "packed_linear", "silu_mul"),
     "moe_block_decode": ("rms_norm", "linear", "moe_route", "moe_experts"),
+    "stack_decode": ("gqa_block_decode", "mlp_block_decode", "rms_norm"),
 }
 """The ops that a composite is made of."""
+
+
+def parts_of(op: str) -> tuple[str, ...]:
+    """The ops that a composite is made of, and what these are made of."""
+    return tuple(dict.fromkeys(each for part in PARTS.get(op, ()) for each in (part, *parts_of(part))))
 
 
 class KernelError(Exception):

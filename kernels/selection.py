@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
-from tokenspeed.kernels.registry import OPS, PARTS, Implementation, Kernel, Registry, SelectionError, Target, Traits
+from tokenspeed.kernels.forms import PANELS, ROWS
+from tokenspeed.kernels.registry import OPS, Implementation, Kernel, Registry, SelectionError, Target, Traits, parts_of
 from tokenspeed.kernels.winners import Winner, Winners, by_tokens
 
 ENVIRONMENT = "TOKENSPEED_KERNELS"
@@ -130,7 +131,7 @@ class Selector:
         if unknown:
             raise SelectionError(f"{op} has no trait {', '.join(unknown)}; it has {', '.join(OPS[op]) or 'none'}")
         wanted = forced.get(op)
-        parts = [] if wanted else [part for part in PARTS.get(op, ()) if part in forced]
+        parts = [] if wanted else [part for part in parts_of(op) if part in forced]
         verdicts = [_judge(each, target, traits, wanted, parts) for each in self.registry.of(op)]
         verdicts.sort(key=lambda verdict: (bool(verdict.reasons), -verdict.implementation.priority))
         chosen = verdicts[0].implementation if verdicts and not verdicts[0].reasons else None
@@ -159,6 +160,16 @@ class Selector:
         kernels = {implementation.name: implementation.bind(target, traits) for implementation in running}
         winners = explanation.winners or (Winner(None, running[0].name),)
         return by_tokens([(winner.most_tokens, kernels[winner.name]) for winner in winners])
+
+    def plain_form(self, target: Target, forced: Mapping[str, str] | None = None) -> str:
+        """`panels` or `rows`, as the function of this name says. `forced` as in `explain`."""
+        forced = self.forced(os.environ.get(ENVIRONMENT, "")) if forced is None else forced
+        if not {"linear", "lm_head", "embedding"}.isdisjoint(forced):
+            return ROWS
+        rows = self.explain("linear", target, {}, forced).chosen
+        panels = self.explain("packed_linear", target, {"matrix_form": PANELS}, forced).chosen
+        better = panels is not None and (rows is None or panels.priority > rows.priority)
+        return PANELS if better else ROWS
 
     def forced(self, setting: str) -> dict[str, str]:
         """Parse and check "op=backend,op=backend:variant"."""
@@ -211,6 +222,12 @@ def default() -> Selector:
         if module.ispkg and module.name != NO_BACKEND:
             registry.add(importlib.import_module(f"{package.__name__}.{module.name}").implementations())
     return Selector(registry, load_plugins(registry), Winners.of_user())
+
+
+def plain_form(target: Target) -> str:
+    """The form in which matrices of plain numbers are best kept for this target: panels where the product with them is
+    declared better than the one with rows, and nobody forces the latter."""
+    return default().plain_form(target)
 
 
 def load_plugins(registry: Registry) -> tuple[Plugin, ...]:

@@ -60,7 +60,7 @@ class Workload:
 
 
 _KINDS: Mapping[type, str] = {int: "a number", bool: "true or false", str: "a word"}
-_MATRICES = ("matrix_form", "qkv_form", "out_form", "gate_up_form", "down_form")
+_MATRICES = ("matrix_form", "qkv_form", "out_form", "gate_up_form", "down_form", "layer_form")
 _WORDS: Mapping[str, tuple[str, ...]] = {
     "form": ("fp8", "int8"), "scoring": ("softmax", "sigmoid"), **dict.fromkeys(_MATRICES, FORMS),
     "matrix_form": FORMS[1:],
@@ -108,6 +108,13 @@ def _block_attended(caches: slice, rows: int) -> Moved:
         return num_bytes((*arguments[:2], *weights, value)) - num_bytes(weights.cos_sin) + tokens * a_token
 
     return moved
+
+
+def _stack_attended(sizes: Sizes, arguments: Arguments, value: Tensor) -> float:
+    x, layers, caches, rows = arguments[:4]
+    a_token = sum(num_bytes(cache[0, 0]) for layer in caches for cache in layer)
+    angles = sum(num_bytes(layer.attention.cos_sin) for layer in layers)
+    return num_bytes((x, layers, value)) - angles + int(rows.kv_len.sum()) * a_token
 
 
 def _chosen_experts(sizes: Sizes, arguments: Arguments, value: Tensor) -> float:
@@ -306,6 +313,15 @@ WORKLOADS: Mapping[str, Workload] = {
     "silu_mul": Workload(
         "tokens", {"tokens": 8, "intermediate_size": 14_336},
         lambda s, g, t: dense_cases.silu_mul_arguments(s["tokens"], s["intermediate_size"], 1.0, g, t), _all,
+    ),
+    "stack_decode": Workload(
+        "rows",
+        {**_ROWS, **_GQA, "hidden_size": 4096, "intermediate_size": 14_336, "interleaved": False, "layers": 2,
+         "layer_form": ROWS},
+        lambda s, g, t: block_cases.stack_arguments(
+            _decoding(s), (s["layer_form"],) * s["layers"], s, False, False, g, t
+        ),
+        _stack_attended,
     ),
 }  # fmt: skip
 

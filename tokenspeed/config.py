@@ -16,6 +16,8 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16"]
 
 MAX_QUEUED = 1_000_000
+MAX_THREADS = 256
+"""Threads of the CPU kernels' pool at most (`kernels/cpu/parallel.h`)."""
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 STEERED_FLOOR = 70.0
 """Tokens a second that an engine without a `tps_floor` of its own steers every stream for."""
@@ -100,6 +102,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{flag} must be at least 1, got {value}")
         if self.max_queued_requests > MAX_QUEUED:
             raise ConfigError(f"--max-queued-requests must be at most {MAX_QUEUED}, got {self.max_queued_requests}")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ConfigError(f"--num-threads must be at most {MAX_THREADS}, got {self.num_threads}")
         if not 0 <= self.max_queue_seconds < math.inf:
             raise ConfigError(f"--max-queue-seconds must be a number of at least 0, got {self.max_queue_seconds:g}")
         if self.tps_floor is not None and not 0 <= self.tps_floor < math.inf:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MlpWeights, MoeWeights
-from tokenspeed.kernels.forms import ROWS
+from tokenspeed.kernels.block_weights import (
+    CacheRows,
+    DenseLayer,
+    Edge,
+    GqaWeights,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+)
+from tokenspeed.kernels.forms import ROWS, form_of
 from tokenspeed.kernels.registry import Kernel, Target, Traits, TraitValue
 from tokenspeed.kernels.sampler_state import SamplerState
 
@@ -155,12 +163,53 @@ class LmHead(_Block):
         return tokens
 
 
+class Stack:
+    """Each layer by two blocks of its own, as some kernels prepare for the weights that they have seen. They are chosen
+    in the first call with these layers."""
+
+    def __init__(self, choose: Choose, target: Target, traits: Traits) -> None:
+        self.choose, self.target = choose, target
+        self.hidden, self.inner = traits["hidden_size"], traits["intermediate_size"]
+        self.heads = {name: each for name, each in traits.items() if name != "intermediate_size"}
+        self.norm = choose("rms_norm", target)
+        self.layers: tuple[DenseLayer, ...] | None = None
+        self.blocks: list[tuple[Kernel, Kernel]] = []
+
+    def __call__(
+        self, x: Tensor, layers: tuple[DenseLayer, ...], caches: Sequence[tuple[Tensor, ...]], rows: CacheRows,
+        gain: Tensor, eps: float, /,
+    ) -> Tensor:  # fmt: skip
+        if layers is not self.layers:
+            self.layers, self.blocks = layers, [self.blocks_of(layer) for layer in layers]
+        residual = None
+        for layer, (attend, feed), (k, v) in zip(layers, self.blocks, caches, strict=True):
+            edge = Edge(layer.attention_gain, layer.eps, residual)
+            x, residual = attend(x, edge, layer.attention, layer.head_eps, k, v, rows, layer.scale)
+            x, residual = feed(x, Edge(layer.mlp_gain, layer.eps, residual), layer.mlp)
+        hidden: Tensor = self.norm(x, gain, eps, residual)[0]
+        return hidden
+
+    def blocks_of(self, layer: DenseLayer) -> tuple[Kernel, Kernel]:
+        attention, mlp = layer.attention, layer.mlp
+        return (
+            self.choose(
+                "gqa_block_decode", self.target, **self.heads,
+                qkv_form=form_of(attention.qkv), out_form=form_of(attention.out),
+            ),
+            self.choose(
+                "mlp_block_decode", self.target, hidden_size=self.hidden, intermediate_size=self.inner,
+                gate_up_form=form_of(mlp.gate_up), down_form=form_of(mlp.down),
+            ),
+        )  # fmt: skip
+
+
 BLOCKS: Mapping[str, Callable[[Choose, Target, Traits], Kernel]] = {
     "gqa_block_decode": GqaBlock,
     "lm_head_sample": LmHead,
     "mla_block_decode": MlaBlock,
     "mlp_block_decode": MlpBlock,
     "moe_block_decode": MoeBlock,
+    "stack_decode": Stack,
 }
 
 

@@ -1,13 +1,19 @@
 """The CPU backend: C++ kernels, one build for each instruction set, the best legal one chosen by priority.
 
 The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats, and
-`avx512_bf16` multiplies pairs of bfloat16 in one instruction. Sums and exponentials are in float32.
+`avx512_bf16` multiplies pairs of bfloat16 in one instruction. `amx` is `avx512_bf16` with tile instructions for packed
+weights and bfloat16 tokens (`pair_tiles.h`), which makes panels the form of plain matrices there
+(`selection.plain_form`), and for latent attention (`mla_tiles.h`). Sums and exponentials are in float32.
 Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
 its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
-32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`). Blocks of a decode
-step are one call each (`blocks.cc`). `embedding` of a plain table is torch's here.
+32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised ones in
+tiles two (`pairs.h`). Blocks of a decode step are one call each, and so are all layers of a dense decoder
+(`blocks.cc`). `embedding` of a plain table is torch's here.
 
 Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
+
+Of experts there are `linear`'s two orders of sums (`moe_experts.py`); a chunk of latent attention is absorbed or
+expanded by its length (`mla_prefill.py`), so there the bits do depend on how a prompt was chunked.
 """
 
 from __future__ import annotations
@@ -29,29 +35,42 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
     "avx2": (110, On("cpu", "x86_64", _AVX2)),
     "avx512": (120, On("cpu", "x86_64", _AVX512)),
     "avx512_bf16": (130, On("cpu", "x86_64", _AVX512 | {"avx512_bf16"})),
+    "amx": (140, On("cpu", "x86_64", _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"})),
 }
 """Variant → priority and where it runs."""
 
 # The widest vector has 16 floats and a head is a whole number of them.
 _HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
 _PACKED: Mapping[str, Condition] = {"matrix_form": OneOf(frozenset(FORMS) - {ROWS})}
+_LATENT: Mapping[str, Condition] = {"kv_lora_rank": Multiple(16), "rope_dim": Multiple(16)}
+# A token's choice is kept in registers and on the stack.
+_ROUTE: Mapping[str, Condition] = {"top_k": Multiple(at_most=64), "num_groups": Multiple(at_most=64)}
 TRAITS: Mapping[str, Mapping[str, Condition]] = {
     "gqa_block_decode": _HEADS,
     "linear": {},
     "lm_head": {},
     "mha_decode": _HEADS,
     "mha_prefill": _HEADS,
+    "mla_decode": _LATENT,
+    "mla_prefill": _LATENT,
     "mlp_block_decode": {},
+    "moe_experts": {},
+    "moe_route": _ROUTE,
     "packed_embedding": _PACKED,
     "packed_linear": _PACKED,
     "packed_lm_head": _PACKED,
     "rms_norm": {},
     "rotary": {},
+    "sample": {},
     "silu_mul": {},
+    "stack_decode": _HEADS,
 }
 """Op with variants → its restrictions. The module of the same name has its launcher."""
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+TILED = ("gqa_block_decode", "mla_decode", "mla_prefill", "mlp_block_decode", "packed_linear", "packed_lm_head")
+"""The ops that `amx` does better than `avx512_bf16`: where a matrix is packed, and latent attention."""
 
 
 def implementations() -> tuple[Implementation, ...]:
@@ -64,20 +83,28 @@ def implementations() -> tuple[Implementation, ...]:
             "cpu",
             _binder(op, variant),
             platforms=(on,),
-            dtypes=DTYPES,
+            dtypes=frozenset({torch.bfloat16}) if variant == "amx" else DTYPES,
             traits=traits,
             priority=priority,
             variant=variant,
-            unavailable=_unavailable,
+            unavailable=_no_tiles if variant == "amx" else _unavailable,
         )
         for op, traits in TRAITS.items()
         for variant, (priority, on) in VARIANTS.items()
+        if variant != "amx" or op in TILED
     )
 
 
 def _unavailable() -> str | None:
     built = importlib.util.find_spec(f"{__name__}._ops") is not None
     return None if built else "the extension tokenspeed.kernels.cpu._ops is not built"
+
+
+def _no_tiles() -> str | None:
+    if (reason := _unavailable()) is not None:
+        return reason
+    allowed = importlib.import_module(f"{__name__}._ops").supports("amx")
+    return None if allowed else "the system does not let this process use tiles"
 
 
 def _binder(op: str, variant: str) -> Callable[[Target, Traits], Kernel]:

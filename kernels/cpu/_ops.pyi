@@ -1,6 +1,6 @@
 from typing import Literal
 
-Isa = Literal["portable", "avx2", "avx512", "avx512_bf16"]
+Isa = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 
 Form = str
 """A name of `kernels.forms.FORMS`. Packed matrices are read at their layout's addresses: no stride."""
@@ -194,3 +194,146 @@ class MlpBlock:
         threads: int,
     ) -> None:
         """As `GqaBlock.run`."""
+
+class Stack:
+    """The layers of a dense decoder. Whoever holds it keeps their memory."""
+
+    def __init__(self, kernels: Kernels) -> None: ...
+    def add(self, attention: GqaBlock, attention_gain: int, mlp: MlpBlock, mlp_gain: int, eps: float) -> None:
+        """One more layer, of the sizes of those before, over as many positions and as many blocks of a cache."""
+
+    def run(
+        self, rows: BlockRows, x: int, x_stride: int, gain: int, eps: float, y: int, tokens: int, threads: int
+    ) -> None:
+        """All layers, then the norm of `gain` and `eps`. `IndexError` on a row that is out of range; nothing is written
+        then. `ValueError` without a layer."""
+
+class SamplerTables:
+    """The addresses of a `SamplerState`'s tables, in its order. Whoever holds it keeps their memory."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        num_slots: int,
+        vocab: int,
+        mask_words: int,
+        features: int,
+        temperature: int,
+        top_k: int,
+        top_p: int,
+        min_p: int,
+        repetition: int,
+        presence: int,
+        frequency: int,
+        min_length: int,
+        seed: int,
+        length: int,
+        last_token: int,
+        bias: int,
+        seen: int,
+        mask: int,
+    ) -> None: ...
+    def sample(self, logits: int, slots: int, tokens: int, rows: int, threads: int) -> None:
+        """A token for each row of logits [rows, vocab], which are overwritten. `IndexError` on a slot past the tables;
+        nothing is written then."""
+
+ROUTE_MOST: int
+"""Experts that a token may name, and groups of experts."""
+
+class MoeRoute:
+    """The choice of one model's experts. `top_groups` of the `groups` must hold `top_k` experts."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        experts: int,
+        top_k: int,
+        num_shared: int,
+        groups: int,
+        top_groups: int,
+        sigmoid: bool,
+        normalise: bool,
+    ) -> None: ...
+    def run(
+        self,
+        logits: int,
+        stride: int,
+        float_logits: bool,
+        bias: int,
+        scale: float,
+        tokens: int,
+        num_tokens: int,
+        ids: int,
+        weights: int,
+        threads: int,
+    ) -> None:
+        """`bias` and `num_tokens` are 0 where there is none. With `float_logits` the logits are float32."""
+
+class MoeExperts:
+    """The experts' feed-forward in one layer's shape."""
+
+    def __init__(self, kernels: Kernels, experts: int, hidden: int, inner: int) -> None: ...
+    def run(
+        self,
+        x: int,
+        x_stride: int,
+        gate_up: int,
+        down: int,
+        ids: int,
+        weights: int,
+        tokens: int,
+        slots: int,
+        out: int,
+        threads: int,
+    ) -> None:
+        """`IndexError` on an expert that does not exist; nothing is written then."""
+
+class MlaDecode:
+    """Absorbed latent attention in one model's shape."""
+
+    def __init__(self, kernels: Kernels, num_heads: int, rank: int, rope: int, block_size: int) -> None: ...
+    def run(
+        self,
+        q_latent: int,
+        q_strides: tuple[int, ...],
+        q_rope: int,
+        rope_strides: tuple[int, ...],
+        cache: int,
+        num_blocks: int,
+        block_table: int,
+        table_stride: int,
+        table_width: int,
+        kv_len: int,
+        rows: int,
+        queries: int,
+        scale: float,
+        out: int,
+        threads: int,
+    ) -> None:
+        """Strides of rows, queries and heads. `IndexError` on a row that is out of range; nothing is written then."""
+
+class MlaPrefill:
+    """Expanded latent attention of one row in one model's shape."""
+
+    def __init__(
+        self, kernels: Kernels, num_heads: int, nope: int, v_dim: int, rank: int, rope: int, block_size: int
+    ) -> None: ...
+    def run(
+        self,
+        q: int,
+        q_stride: int,
+        cache: int,
+        num_blocks: int,
+        block_table: int,
+        table_width: int,
+        kv_len: int,
+        tokens: int,
+        k_up: int,
+        k_up_stride: int,
+        v_up: int,
+        v_up_stride: int,
+        scale: float,
+        out: int,
+        threads: int,
+    ) -> None:
+        """`IndexError` on lengths or blocks that are out of range; nothing is written then."""

@@ -1,9 +1,11 @@
 """The door to the C++ kernels: addresses in, errors out, no GIL in between. Its types are in _ops.pyi."""
 
 from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libcpp.vector cimport vector
 
 
 cdef extern from "parallel.h" namespace "tokenspeed::cpu" nogil:
+    const int c_max_threads "tokenspeed::cpu::MAX_THREADS"
     int c_num_helpers "tokenspeed::cpu::num_helpers"()
 
 
@@ -25,6 +27,7 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         avx2
         avx512
         avx512_bf16
+        amx
 
     cdef cppclass Attention:
         const void* q
@@ -57,6 +60,29 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         bint float_out
         Form form
 
+    cdef cppclass Sampling:
+        float* logits
+        const int32_t* slots
+        int32_t* tokens
+        const int32_t* features
+        const float* temperature
+        const int32_t* top_k
+        const float* top_p
+        const float* min_p
+        const float* repetition
+        const float* presence
+        const float* frequency
+        const int32_t* min_length
+        const int64_t* seed
+        const int64_t* length
+        int64_t* last_token
+        const float* bias
+        int32_t* seen
+        const int32_t* mask
+        int64_t vocab
+        int64_t mask_words
+        int64_t num_slots
+
     cdef cppclass Table "tokenspeed::cpu::Kernels":
         pass
 
@@ -77,6 +103,7 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
         const int64_t*, const float*, int64_t, int64_t, int)
     void c_silu_mul "tokenspeed::cpu::silu_mul"(const Table&, const void*, int64_t, void*, int64_t, int64_t, int)
     void c_linear "tokenspeed::cpu::linear"(const Table&, const Linear&, int) except +
+    int64_t c_sample "tokenspeed::cpu::sample"(const Table&, const Sampling&, int64_t, int) except +
     int64_t c_embedding "tokenspeed::cpu::embedding"(
         const Table&, Form, const void*, int64_t, int64_t, const int64_t*, int64_t, void*)
 
@@ -131,19 +158,37 @@ cdef extern from "blocks.h" namespace "tokenspeed::cpu" nogil:
         CMatrix gate_up
         CMatrix down
 
+    cdef cppclass StackLayer:
+        CGqaBlock attention
+        CMlpBlock mlp
+        const void* attention_gain
+        const void* mlp_gain
+        float eps
+
+    cdef cppclass Passage:
+        const void* x
+        const void* gain
+        void* y
+        int64_t x_stride
+        int64_t tokens
+        float eps
+
     int64_t c_gqa_block "tokenspeed::cpu::gqa_block"(
         const Table&, const CGqaBlock&, const CBlockRows&, const Stream&, int) except +
     void c_mlp_block "tokenspeed::cpu::mlp_block"(const Table&, const CMlpBlock&, const Stream&, int) except +
+    int64_t c_stack "tokenspeed::cpu::stack"(
+        const Table&, const vector[StackLayer]&, const CBlockRows&, const Passage&, int) except +
 
 
 cdef dict ISAS = {"portable": <int> Isa.portable, "avx2": <int> Isa.avx2, "avx512": <int> Isa.avx512,
-                  "avx512_bf16": <int> Isa.avx512_bf16}
+                  "avx512_bf16": <int> Isa.avx512_bf16, "amx": <int> Isa.amx}
 cdef dict TYPES = {"float32": <int> Type.f32, "bfloat16": <int> Type.bf16}
 
 cdef dict FORMS = {"rows": <int> Form.rows, "panels": <int> Form.panels, "q4_0": <int> Form.q4_0,
                    "q4_1": <int> Form.q4_1, "q4_k": <int> Form.q4_k, "q8_0": <int> Form.q8_0}
 
 LINEAR_FEW = c_linear_few
+MAX_THREADS = c_max_threads
 
 
 def num_helpers():
@@ -318,6 +363,66 @@ cdef class MlpBlock:
             c_mlp_block(self.kernels.table[0], self.block, s, threads)
 
 
+cdef class Stack:
+    """The layers of a dense decoder."""
+
+    cdef Kernels kernels
+    cdef vector[StackLayer] layers
+
+    def __cinit__(self, Kernels kernels):
+        self.kernels = kernels
+
+    def add(self, GqaBlock attention, uintptr_t attention_gain, MlpBlock mlp, uintptr_t mlp_gain, float eps):
+        cdef StackLayer layer
+        layer.attention, layer.mlp, layer.eps = attention.block, mlp.block, eps
+        layer.attention_gain, layer.mlp_gain = <const void*> attention_gain, <const void*> mlp_gain
+        self.layers.push_back(layer)
+
+    def run(self, BlockRows rows, uintptr_t x, int64_t x_stride, uintptr_t gain, float eps, uintptr_t y,
+            int64_t tokens, int threads):
+        cdef Passage p
+        cdef int64_t bad
+        if self.layers.empty():
+            raise ValueError("a stack without layers")
+        p.x, p.x_stride, p.gain, p.y = <const void*> x, x_stride, <const void*> gain, <void*> y
+        p.tokens, p.eps = tokens, eps
+        with nogil:
+            bad = c_stack(self.kernels.table[0], self.layers, rows.rows, p, threads)
+        if bad != OK:
+            raise IndexError(f"stack_decode: position, slot, length or a block of row {bad} is out of range")
+
+
+cdef class SamplerTables:
+    """The sampler's tables of all slots."""
+
+    cdef Kernels kernels
+    cdef Sampling tables
+
+    def __cinit__(self, Kernels kernels, int64_t num_slots, int64_t vocab, int64_t mask_words, uintptr_t features,
+                  uintptr_t temperature, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t repetition,
+                  uintptr_t presence, uintptr_t frequency, uintptr_t min_length, uintptr_t seed, uintptr_t length,
+                  uintptr_t last_token, uintptr_t bias, uintptr_t seen, uintptr_t mask):
+        self.kernels = kernels
+        self.tables.num_slots, self.tables.vocab, self.tables.mask_words = num_slots, vocab, mask_words
+        self.tables.features, self.tables.temperature = <const int32_t*> features, <const float*> temperature
+        self.tables.top_k, self.tables.top_p = <const int32_t*> top_k, <const float*> top_p
+        self.tables.min_p, self.tables.repetition = <const float*> min_p, <const float*> repetition
+        self.tables.presence, self.tables.frequency = <const float*> presence, <const float*> frequency
+        self.tables.min_length, self.tables.seed = <const int32_t*> min_length, <const int64_t*> seed
+        self.tables.length, self.tables.last_token = <const int64_t*> length, <int64_t*> last_token
+        self.tables.bias, self.tables.seen = <const float*> bias, <int32_t*> seen
+        self.tables.mask = <const int32_t*> mask
+
+    def sample(self, uintptr_t logits, uintptr_t slots, uintptr_t tokens, int64_t rows, int threads):
+        cdef Sampling s = self.tables
+        cdef int64_t bad
+        s.logits, s.slots, s.tokens = <float*> logits, <const int32_t*> slots, <int32_t*> tokens
+        with nogil:
+            bad = c_sample(self.kernels.table[0], s, rows, threads)
+        if bad != OK:
+            raise IndexError(f"sample: the slot of row {bad} is not among the {s.num_slots} of the tables")
+
+
 cdef Stream stream(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t gain,
                    float eps, uintptr_t y, uintptr_t residual_out, int64_t tokens):
     cdef Stream s
@@ -325,3 +430,7 @@ cdef Stream stream(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t re
     s.gain, s.eps, s.y, s.residual_out = <const void*> gain, eps, <void*> y, <void*> residual_out
     s.tokens = tokens
     return s
+
+
+include "_moe.pxi"
+include "_mla.pxi"

@@ -1,6 +1,8 @@
 // Whole blocks of a decode step: chains of the kernels in kernels.h, entered once.
 #pragma once
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace tokenspeed::cpu {
@@ -61,8 +63,31 @@ struct MlpBlock {
     Matrix down;
 };
 
+// A layer of a dense decoder: x += attention(norm(x)); x += mlp(norm(x)).
+struct StackLayer {
+    GqaBlock attention;
+    MlpBlock mlp;
+    const void* attention_gain;
+    const void* mlp_gain;
+    float eps;
+};
+
+// All layers, whose caches have as many blocks and whose tables of angles as many positions.
+using Stack = std::vector<StackLayer>;
+
+// x [tokens, hidden] through a stack and the last norm, into y [tokens, hidden].
+struct Passage {
+    const void* x;
+    const void* gain;
+    void* y;
+    int64_t x_stride;
+    int64_t tokens;
+    float eps;
+};
+
 // Returns OK, or the first row whose position, slot, length or block is out of range; nothing is written then.
 int64_t gqa_block(const Kernels&, const GqaBlock&, const BlockRows&, const Stream&, int threads);
 void mlp_block(const Kernels&, const MlpBlock&, const Stream&, int threads);
+int64_t stack(const Kernels&, const Stack&, const BlockRows&, const Passage&, int threads);
 
 }  // namespace tokenspeed::cpu

@@ -18,11 +18,8 @@ class GqaBlockDecode:
     """The block of one layer: what does not change from step to step is prepared at the first call with it."""
 
     def __init__(self, kernels: _ops.Kernels, target: Target, traits: Traits) -> None:
-        self._kernels, self._dtype = kernels, target.dtype
-        self._heads, self._kv_heads, self._head_dim, self._block_size, self._hidden = (
-            int(traits[name]) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "hidden_size")
-        )
-        self._interleaved = bool(traits["interleaved"])
+        self._kernels, self._dtype, self._traits = kernels, target.dtype, traits
+        self._hidden = int(traits["hidden_size"])
         self._forms = str(traits["qkv_form"]), str(traits["out_form"])
         self._entrance = Entrance(target.dtype)
         self._fixed: Fixed | None = None
@@ -37,7 +34,10 @@ class GqaBlockDecode:
             fixed is None or weights is not fixed[0] or k_cache is not fixed[2] or v_cache is not fixed[3]
             or eps != fixed[1] or scale != fixed[4]
         ):  # fmt: skip
-            self._prepare(weights, eps, k_cache, v_cache, scale)
+            self._block = described_gqa(
+                self._kernels, self._dtype, self._traits, self._forms, weights, eps, k_cache, v_cache, scale
+            )
+            self._fixed = weights, eps, k_cache, v_cache, scale
         place, num_rows = located(rows)
         shape = num_rows, self._hidden
         y = torch.empty(shape, dtype=self._dtype)
@@ -45,26 +45,33 @@ class GqaBlockDecode:
         self._block.run(place, *arguments)
         return y, total
 
-    def _prepare(self, weights: GqaWeights, eps: float, k_cache: Tensor, v_cache: Tensor, scale: float) -> None:
-        dtype, heads, kv_heads, size = self._dtype, self._heads, self._kv_heads, self._head_dim
-        qkv = described("qkv", weights.qkv, weights.qkv_bias, self._forms[0], dtype)
-        out = described("out", weights.out, weights.out_bias, self._forms[1], dtype)
-        if qkv[2:4] != ((heads + 2 * kv_heads) * size, self._hidden) or out[2:4] != (self._hidden, heads * size):
-            raise ValueError(f"qkv is {qkv[2:4]} and out {out[2:4]}: not of {heads}/{kv_heads} heads of {size}")
-        for name, gain in (("q_gain", weights.q_gain), ("k_gain", weights.k_gain)):
-            if gain is not None:
-                expect_contiguous(name, gain, dtype, (size,))
-        num_blocks = k_cache.shape[0]
-        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            expect_contiguous(name, cache, dtype, (num_blocks, self._block_size, kv_heads, size))
-        num_positions = weights.cos_sin.shape[0]
-        expect_contiguous("cos_sin", weights.cos_sin, torch.float32, (num_positions, size))
-        q_gain, k_gain = (0 if gain is None else gain.data_ptr() for gain in (weights.q_gain, weights.k_gain))
-        self._block = _ops.GqaBlock(
-            self._kernels, qkv, out, q_gain, k_gain, eps, weights.cos_sin.data_ptr(), num_positions, self._interleaved,
-            k_cache.data_ptr(), v_cache.data_ptr(), num_blocks, self._block_size, heads, kv_heads, size, scale,
-        )  # fmt: skip
-        self._fixed = weights, eps, k_cache, v_cache, scale
+
+def described_gqa(
+    kernels: _ops.Kernels, dtype: torch.dtype, traits: Traits, forms: tuple[str, str], weights: GqaWeights, eps: float,
+    k_cache: Tensor, v_cache: Tensor, scale: float,
+) -> _ops.GqaBlock:  # fmt: skip
+    """The block of these weights and caches, whose qkv and out are of `forms`. Raises `ValueError` for what does not
+    fit."""
+    heads, kv_heads, size, block_size, hidden = (
+        int(traits[name]) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "hidden_size")
+    )
+    qkv = described("qkv", weights.qkv, weights.qkv_bias, forms[0], dtype)
+    out = described("out", weights.out, weights.out_bias, forms[1], dtype)
+    if qkv[2:4] != ((heads + 2 * kv_heads) * size, hidden) or out[2:4] != (hidden, heads * size):
+        raise ValueError(f"qkv is {qkv[2:4]} and out {out[2:4]}: not of {heads}/{kv_heads} heads of {size}")
+    for name, gain in (("q_gain", weights.q_gain), ("k_gain", weights.k_gain)):
+        if gain is not None:
+            expect_contiguous(name, gain, dtype, (size,))
+    num_blocks = k_cache.shape[0]
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        expect_contiguous(name, cache, dtype, (num_blocks, block_size, kv_heads, size))
+    num_positions = weights.cos_sin.shape[0]
+    expect_contiguous("cos_sin", weights.cos_sin, torch.float32, (num_positions, size))
+    q_gain, k_gain = (0 if gain is None else gain.data_ptr() for gain in (weights.q_gain, weights.k_gain))
+    return _ops.GqaBlock(
+        kernels, qkv, out, q_gain, k_gain, eps, weights.cos_sin.data_ptr(), num_positions, bool(traits["interleaved"]),
+        k_cache.data_ptr(), v_cache.data_ptr(), num_blocks, block_size, heads, kv_heads, size, scale,
+    )  # fmt: skip
 
 
 def bind(kernels: _ops.Kernels, target: Target, traits: Traits) -> Kernel:

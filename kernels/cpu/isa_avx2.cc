@@ -1,6 +1,8 @@
 // x86-64 with AVX2 and FMA.
 // Everything compiled for it is local to this file: the linker must never pick such a function for another.
 #include "kernels.h"
+#include "mla.h"
+#include "sampling_cut.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -22,6 +24,10 @@ constexpr int LANES = 8;
 #include "panels.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
+#include "mla_decode.h"
+#include "mla_prefill.h"
+#include "moe_steps.h"
+#include "sampling.h"
 }  // namespace
 #include "table.h"
 }  // namespace tokenspeed::cpu::avx2

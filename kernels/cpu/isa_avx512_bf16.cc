@@ -1,6 +1,8 @@
 // x86-64 with AVX-512 F, BW, DQ and VL, and its bfloat16 products.
 // Everything compiled for it is local to this file: the linker must never pick such a function for another.
 #include "kernels.h"
+#include "mla.h"
+#include "sampling_cut.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,9 +23,16 @@ constexpr int LANES = 16;
 #include "linear_few.h"
 #include "linear_many.h"
 #include "panels.h"
+#include "pairs.h"
+#include "pair_vectors.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
+#include "mla_decode.h"
+#include "mla_prefill.h"
+#include "moe_steps.h"
+#include "sampling.h"
 }  // namespace
+#include "pair_table.h"
 #include "table.h"
 }  // namespace tokenspeed::cpu::avx512_bf16
 #endif

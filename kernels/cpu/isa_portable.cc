@@ -1,5 +1,7 @@
 // Every processor: vectors of four floats, which any compiler target has or emulates.
 #include "kernels.h"
+#include "mla.h"
+#include "sampling_cut.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
 
@@ -14,6 +16,10 @@ constexpr int LANES = 4;
 #include "panels.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
+#include "mla_decode.h"
+#include "mla_prefill.h"
+#include "moe_steps.h"
+#include "sampling.h"
 }  // namespace
 #include "table.h"
 }  // namespace tokenspeed::cpu::portable

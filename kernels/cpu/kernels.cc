@@ -4,6 +4,12 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "parallel.h"
 
 namespace tokenspeed::cpu {
@@ -21,7 +27,28 @@ const Kernels* table(Type);
 namespace avx512_bf16 {
 const Kernels* table(Type);
 }
+namespace amx {
+const Kernels* table(Type);
+}
 #endif
+
+namespace {
+// Whether the processor has bfloat16 tiles and the system lets this process use them: it must be asked, once.
+bool tiles_allowed() {
+#if defined(__x86_64__) && defined(__linux__)
+    static const bool allowed = [] {
+        constexpr unsigned BFLOAT16 = 1u << 22, TILE = 1u << 24;
+        constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+        unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+        const bool known = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0;
+        return known && (edx & BFLOAT16) != 0 && (edx & TILE) != 0 && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    }();
+    return allowed;
+#else
+    return false;
+#endif
+}
+}  // namespace
 
 bool supports(Isa isa) {
     switch (isa) {
@@ -36,6 +63,8 @@ bool supports(Isa isa) {
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         case Isa::avx512_bf16:
             return supports(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+        case Isa::amx:
+            return supports(Isa::avx512_bf16) && tiles_allowed();
 #endif
         default:
             return false;
@@ -52,6 +81,8 @@ const Kernels* kernels(Isa isa, Type type) {
             return avx512::table(type);
         case Isa::avx512_bf16:
             return avx512_bf16::table(type);
+        case Isa::amx:
+            return amx::table(type);
 #endif
         default:
             return portable::table(type);
@@ -267,6 +298,34 @@ void panels_many(const Kernels& kernels, const Linear& a, int threads) {
                   });
 }
 
+// Tokens of a block: they stay in half of a cache of 2 MiB, and are as even as whole pairs of tiles can be.
+int64_t pair_block(const Linear& a) {
+    constexpr int64_t CACHED = int64_t{1} << 20, STEP = 2 * PAIR_ROWS;
+    const int64_t fit = CACHED / (a.packed_stride() * 2 + 1) / STEP * STEP;
+    const int64_t most = fit < STEP ? STEP : fit < PAIR_BLOCK ? fit : PAIR_BLOCK;
+    const int64_t blocks = (a.tokens + most - 1) / most;
+    return a.tokens <= STEP ? a.tokens : (a.tokens + STEP * blocks - 1) / (STEP * blocks) * STEP;
+}
+
+void panels_pairs(const Kernels& kernels, const Linear& a, int threads) {
+    const FormKernels& form = kernels.forms[static_cast<int>(a.form)];
+    const int64_t block = pair_block(a), blocks = (a.tokens + block - 1) / block;
+    const int64_t packed_each = round_up(pair_floats(block, a.groups())), each = round_up(pair_scratch(block));
+    float* packed = scratch(packed_each * blocks + each * threads);
+    const auto end_of = [&](int64_t begin) { return begin + block < a.tokens ? begin + block : a.tokens; };
+    parallel(blocks, a.tokens * a.columns < 1 << 15 ? 1 : threads, [&](int64_t i, int) {
+        form.pairs_pack(a, i * block, end_of(i * block), packed + i * packed_each);
+    });
+    Linear panels = a;
+    panels.rows = a.panels(), panels.columns = a.columns * PANEL_ROWS;
+    // 12 µs for few tokens: 256 KiB of bfloat16 weights.
+    product_tasks(panels, block, PAIR_PANELS, block << 17, threads,
+                  [&](int64_t begin, int64_t end, int64_t first, int64_t last, int worker) {
+                      float* memory = packed + packed_each * blocks + worker * each;
+                      form.pairs(a, packed + begin / block * packed_each, begin, end, first, last, memory);
+                  });
+}
+
 }  // namespace
 
 void linear(const Kernels& kernels, const Linear& a, int threads) {
@@ -275,7 +334,9 @@ void linear(const Kernels& kernels, const Linear& a, int threads) {
     const bool small = a.tokens * a.rows * a.columns < 1 << 15;
     threads = small || threads < 1 ? 1 : (threads < MAX_THREADS ? threads : MAX_THREADS);
     const bool packed = a.form != Form::rows;
-    if (packed && a.tokens <= PANELS_FEW) return panels_few(kernels, a, threads);
+    const bool pairs = packed && kernels.forms[static_cast<int>(a.form)].pairs != nullptr;
+    if (pairs && a.tokens <= PAIR_BLOCK) return panels_pairs(kernels, a, threads);
+    if (packed && !pairs && a.tokens <= PANELS_FEW) return panels_few(kernels, a, threads);
     if (!packed && a.tokens <= LINEAR_FEW) return linear_few(kernels, a, threads);
     // Widened tokens stay below 16 MiB.
     const int64_t most = LINEAR_BLOCK + (int64_t{1} << 22) / (a.columns < 1 ? 1 : a.columns);
@@ -285,7 +346,9 @@ void linear(const Kernels& kernels, const Linear& a, int threads) {
         part.x = static_cast<const char*>(a.x) + t * a.x_stride * item;
         part.out = static_cast<char*>(a.out) + t * a.rows * out_item;
         part.tokens = a.tokens - t < most ? a.tokens - t : most;
-        if (packed) {
+        if (pairs) {
+            panels_pairs(kernels, part, threads);
+        } else if (packed) {
             panels_many(kernels, part, threads);
         } else {
             linear_many(kernels, part, threads);

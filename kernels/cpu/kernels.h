@@ -5,11 +5,12 @@
 #include <cstdint>
 
 #include "forms.h"
+#include "moe.h"
 
 namespace tokenspeed::cpu {
 
 enum class Type { f32, bf16 };
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
 
 // Attention over a paged cache. Heads of q and out lie together (head h at h * head_dim); tokens of q are
 // q_stride elements apart, those of out num_heads * head_dim. Caches: [num_blocks, block_size, num_kv_heads,
@@ -75,23 +76,82 @@ struct Linear {
     int64_t panels() const { return (rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 };
 
+struct LatentDecode;  // mla.h
+struct LatentSplit;
+struct LatentPrefill;
+struct ExpandedHeads;
+struct HeadTile;
+
 constexpr int LINEAR_FEW = 32;      // tokens up to which weights are used as they lie
 constexpr int PANELS_FEW = 4;       // tokens up to which packed weights are unpacked in registers
 constexpr int LINEAR_ROWS = 8;      // few: weight rows that share one pass over the tokens
 constexpr int LINEAR_PANEL = 1024;  // few: elements of a row between two reductions of the sums
 constexpr int LINEAR_BLOCK = 252;   // many: tokens that share a strip of transposed weights
 constexpr int LINEAR_DEPTH = 256;   // many: elements of a row in a strip
+constexpr int PAIRS_FEW = 32;       // pairs: tokens up to which quantised weights are not rounded
+constexpr int PAIR_ROWS = 16;       // pairs: tokens of a tile
+constexpr int PAIR_PANELS = 4;      // pairs: panels that share one pass over the tokens
+constexpr int PAIR_BLOCK = 256;     // pairs: tokens that share a panel while it is in the cache
 constexpr int SPLIT_TOKENS = 256;  // a constant, so that a row's result does not depend on its batch
 constexpr int TILE_TOKENS = 64;    // KV tokens between two rescalings of the online softmax
 constexpr int TILE_ROWS = 96;      // query rows (tokens × heads of the group) that share one pass over the KV
 
-// Products with one form of packed weights. `x`: tokens widened to packed_stride() floats.
+// The tables of sampler_state.py, of `num_slots` slots, and the rows that sample: logits [rows, vocab], overwritten;
+// the slot of each, distinct, or negative for padding; their tokens.
+struct Sampling {
+    float* logits;
+    const int32_t* slots;
+    int32_t* tokens;
+    const int32_t* features;
+    const float* temperature;
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const float* repetition;
+    const float* presence;
+    const float* frequency;
+    const int32_t* min_length;
+    const int64_t* seed;
+    const int64_t* length;
+    int64_t* last_token;
+    const float* bias;
+    int32_t* seen;
+    const int32_t* mask;
+    int64_t vocab;
+    int64_t mask_words;
+    int64_t num_slots;
+};
+
+// Bits of a slot's features and of what it has seen, as sampler_state.py has them.
+constexpr int32_t SAMPLE_RANDOM = 1, SAMPLE_EDITS = 1 << 3, SAMPLE_HISTORY = 1 << 4, SAMPLE_MASKED = 1 << 6;
+constexpr int32_t SEEN_PROMPT = 1 << 28, SEEN_STOP = 1 << 29, SEEN_COUNT = SEEN_PROMPT - 1;
+constexpr int32_t NO_TOKEN = -1;
+
+// Products with one form of packed weights. `x`: tokens widened to packed_stride() floats. Where bfloat16 is multiplied
+// in pairs, tokens are packed as such (pairs.h) in blocks, each of pair_floats(); elsewhere those two are null.
 struct FormKernels {
     void (*few)(const Linear&, const float* x, int64_t first_panel, int64_t last_panel);
     void (*many)(const Linear&, const float* x, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
                  float* scratch);
     void (*row)(const void* table, int64_t row, int64_t columns, void* out);
+    void (*pairs_pack)(const Linear&, int64_t begin, int64_t end, float* packed) = nullptr;
+    void (*pairs)(const Linear&, const float* packed, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel,
+                  float* scratch) = nullptr;
 };
+
+// Tokens of each tile of a block of so many: all of them or PAIR_ROWS, as a power of two.
+constexpr int64_t pair_rows(int64_t tokens) {
+    int64_t rows = 1;
+    while (rows < tokens && rows < PAIR_ROWS) rows *= 2;
+    return rows;
+}
+// Tokens of whole tiles.
+constexpr int64_t pair_tokens(int64_t tokens) {
+    const int64_t rows = pair_rows(tokens);
+    return (tokens + rows - 1) / rows * rows;
+}
+constexpr int64_t pair_floats(int64_t tokens, int64_t groups) { return pair_tokens(tokens) * groups * (GROUP / 2 + 1); }
+constexpr int64_t pair_scratch(int64_t tokens) { return 10240 + PAIR_PANELS * PANEL_ROWS * pair_tokens(tokens); }
 
 // What each instruction set provides for each type. Elementwise functions work on tokens [begin, end).
 // A partial of a split is num_heads × (head_dim accumulators, maximum, sum).
@@ -116,7 +176,20 @@ struct Kernels {
     void (*linear_many_rows)(const Linear&, const float* widened, int64_t begin, int64_t end, int64_t first_row,
                              int64_t last_row, float* scratch);
     void (*panels_widen)(const Linear&, int64_t begin, int64_t end, float* widened);
+    int64_t (*sample_scratch)(int64_t vocab);
+    int32_t (*sample_row)(const Sampling&, int64_t row, float* scratch);  // or NO_TOKEN
     FormKernels forms[NUM_FORMS];  // by Form; `rows` has none
+    void (*moe_route)(const Route&, int64_t begin, int64_t end, float* scratch);
+    void (*add_weighted)(float* sums, const float* values, float weight, int64_t size);
+    void (*round_all)(const float* values, void* out, int64_t size);
+    int64_t (*latent_split_scratch)(const LatentDecode&, int rows);
+    void (*latent_split)(const LatentDecode&, const LatentSplit&, float* partial, float* scratch);
+    void (*latent_combine)(const LatentDecode&, int row, int first, int last, const float* partials, int splits);
+    void (*latent_project)(const LatentPrefill&, const ExpandedHeads&, int head);
+    int64_t (*latent_expand_scratch)(const LatentPrefill&);
+    void (*latent_expand)(const LatentPrefill&, const ExpandedHeads&, int tile, int first, int last, float* scratch);
+    int64_t (*latent_tile_scratch)(const LatentPrefill&);
+    void (*latent_tile)(const LatentPrefill&, const ExpandedHeads&, const HeadTile&, float* scratch);
 };
 
 // Whether this processor runs it, and this build has it.
@@ -144,6 +217,8 @@ void rms_norm(const Kernels&, const void* x, int64_t x_stride, const void* resid
 void silu_mul(const Kernels&, const void* gate_up, int64_t stride, void* out, int64_t tokens, int64_t size,
               int threads);
 void linear(const Kernels&, const Linear&, int threads);
+// Returns OK, or the first row whose slot is not below num_slots.
+int64_t sample(const Kernels&, const Sampling&, int64_t rows, int threads);
 // Rows of a packed table; or the place of the first id that is not below num_rows.
 int64_t embedding(const Kernels&, Form, const void* table, int64_t num_rows, int64_t columns, const int64_t* ids,
                   int64_t tokens, void* out);

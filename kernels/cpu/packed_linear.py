@@ -1,4 +1,4 @@
-"""packed_linear: launcher of panels.h."""
+"""packed_linear: launcher of panels.h and pairs.h."""
 
 from __future__ import annotations
 

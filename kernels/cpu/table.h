@@ -20,14 +20,31 @@ constexpr Kernels table_of() {
         .linear_many_scratch = linear_many_scratch,
         .linear_many_rows = linear_many_rows<T>,
         .panels_widen = panels_widen<T>,
+        .sample_scratch = sample_scratch,
+        .sample_row = sample_row,
         .forms = {{}, form_of<typename PlainOf<T>::type, T>(), form_of<Nibbles<Half, false>, T>(),
                   form_of<Nibbles<Half, true>, T>(), form_of<Nibbles<float, true>, T>(), form_of<Bytes, T>()},
+        .moe_route = moe_route<T>,
+        .add_weighted = add_weighted,
+        .round_all = round_all<T>,
+        .latent_split_scratch = latent_split_scratch,
+        .latent_split = latent_split<T>,
+        .latent_combine = latent_combine<T>,
+        .latent_project = latent_project<T>,
+        .latent_expand_scratch = latent_expand_scratch,
+        .latent_expand = latent_expand<T>,
+        .latent_tile_scratch = latent_tile_scratch,
+        .latent_tile = latent_tile<T>,
     };
 }
 }  // namespace
 
 const Kernels* table(Type type) {
     static constexpr Kernels f32 = table_of<float>();
+#ifdef TOKENSPEED_BFLOAT16_PRODUCTS
+    static constexpr Kernels bf16 = with_pairs(table_of<BFloat16>());
+#else
     static constexpr Kernels bf16 = table_of<BFloat16>();
+#endif
     return type == Type::f32 ? &f32 : &bf16;
 }

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenspeed.kernels.block_weights import CacheRows, Edge, GqaWeights, MlaWeights, MlpWeights, MoeWeights
+from tokenspeed.kernels.block_weights import (
+    CacheRows,
+    DenseLayer,
+    Edge,
+    GqaWeights,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+)
 from tokenspeed.kernels.forms import ROWS, Matrix, pack
 from tokenspeed.kernels.numerics.attention_cases import paged_cache
 from tokenspeed.kernels.numerics.case import Arguments, Case, Results, normal, weight
@@ -134,6 +142,52 @@ def mlp_block_arguments(
 
 def _mlp_results(arguments: Arguments, value: tuple[Tensor, Tensor | None]) -> Results:
     return _contribution(value)
+
+
+def stack_cases() -> Iterator[Case]:
+    for lengths, layers, hidden, inner, heads, kv_heads, head_dim, block_size, qk_norm, bias, forms in (
+        ((1,), 1, 64, 96, 4, 2, 16, 16, False, True, (ROWS,)),
+        ((70, 1, 33), 2, 96, 64, 6, 2, 32, 16, True, False, (ROWS,)),
+        ((9,), 2, 128, 160, 8, 1, 64, 64, False, True, ("q4_1", ROWS)),
+        ((130, 0, 65, 300, 2, 17), 2, 96, 160, 6, 3, 32, 16, True, True, ("q8_0", "panels")),
+    ):
+        traits: dict[str, TraitValue] = {
+            "hidden_size": hidden, "intermediate_size": inner, "num_heads": heads, "num_kv_heads": kv_heads,
+            "head_dim": head_dim, "block_size": block_size, "interleaved": False,
+        }  # fmt: skip
+        name = f"{layers} layers, {len(lengths)} rows to {max(lengths)}, {heads}/{kv_heads}x{head_dim}, {forms[0]}"
+        of = forms[:1] * layers if len(forms) == 1 else forms
+        yield Case(name, traits, partial(stack_arguments, lengths, of, traits, qk_norm, bias), _stack_results)
+
+
+def stack_arguments(
+    lengths: tuple[int, ...], forms: tuple[str, ...], sizes: Sizes, qk_norm: bool, bias: bool, g: torch.Generator,
+    dtype: torch.dtype,
+) -> Arguments:  # fmt: skip
+    """A layer of each of these forms."""
+    layers: list[DenseLayer] = []
+    caches: list[tuple[Tensor, Tensor]] = []
+    first: Arguments | None = None
+    for form in forms:
+        attention_sizes = {**sizes, "qkv_form": form, "out_form": form}
+        attention = gqa_block_arguments(lengths, attention_sizes, qk_norm, bias, "first", g, dtype)
+        mlp_sizes = {**sizes, "gate_up_form": form, "down_form": form}
+        mlp = mlp_block_arguments(len(lengths), mlp_sizes, bias, "first", g, dtype)
+        _, edge, weights, eps, k, v, _, scale = attention
+        if first is None:
+            first = attention
+        else:  # over the blocks of the first layer's rows
+            k, v = (torch.where(cache.isfinite(), normal(g, dtype, *cache.shape), cache) for cache in caches[0])
+            weights = weights._replace(cos_sin=layers[0].attention.cos_sin)
+        layers.append(DenseLayer(edge.gain, weights, eps, scale, mlp[1].gain, mlp[2], EPS))
+        caches.append((k, v))
+    assert first is not None
+    return first[0], tuple(layers), tuple(caches), first[6], _gain(g, dtype, sizes["hidden_size"]), EPS
+
+
+def _stack_results(arguments: Arguments, value: Tensor) -> Results:
+    _, _, caches, rows, *_ = arguments
+    return value, *(_stored(cache, rows) for layer in caches for cache in layer)
 
 
 def mla_block_cases() -> Iterator[Case]:

@@ -47,6 +47,7 @@ CASES: Mapping[str, Callable[[], Iterator[Case]]] = {
     "rotary": dense_cases.rotary_cases,
     "sample": step_cases.sample_cases,
     "silu_mul": dense_cases.silu_mul_cases,
+    "stack_decode": block_cases.stack_cases,
 }
 
 

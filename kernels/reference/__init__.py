@@ -54,8 +54,8 @@ _PRIMITIVES = {
 
 
 def _choose(op: str, target: Target, **traits: TraitValue) -> Kernel:
-    kernel: Kernel = _PRIMITIVES[op].bind(target, traits)
-    return kernel
+    bind = bind_block(op, _choose) if op in BLOCKS else _PRIMITIVES[op].bind
+    return bind(target, traits)
 
 
 def implementations() -> tuple[Implementation, ...]:

@@ -116,6 +116,8 @@ def test_keys_may_come_from_the_environment() -> None:
         (["--overlap", "2"], "--overlap"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["-tp", "0"], "--tensor-parallel-size must be at least 1, got 0"),
+        (["--num-threads", "0"], "--num-threads must be at least 1, got 0"),
+        (["--num-threads", "1000"], "--num-threads must be at most 256, got 1000"),
         (["-tp", "4", "--attn-tp-size", "3"], "--attn-tp-size 3 does not divide a world of 4 ranks"),
         (["-tp", "4", "--attn-copies", "3"], "--attn-copies 3 does not divide a world of 4 ranks"),
         (["-tp", "4", "--vocab-tp-size", "0"], "--vocab-tp-size must be at least 1"),

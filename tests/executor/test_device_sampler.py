@@ -23,7 +23,9 @@ from tests.executor.sampling_rows import GREEDY, SLOTS, VOCAB, Row, logits_of, r
 from tokenspeed.batch import NOT_FINITE, BatchLimits
 from tokenspeed.executor.slot_tables import SlotTables
 from tokenspeed.executor.staging import DevicePlan, Staging
+from tokenspeed.kernels import ops
 from tokenspeed.kernels.ops import Sample
+from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.reference.sample import sample as reference
 from tokenspeed.kernels.reference.sample import uniform
 from tokenspeed.request import SamplingParams
@@ -36,6 +38,8 @@ triton_missing = importlib.util.find_spec("triton") is None
 def implementations() -> list[Sample]:
     """What runs in this process."""
     found: list[Sample] = [reference]
+    if DEVICE.type == "cpu":
+        found.append(ops.sample(ops.Target(Platform.of(DEVICE), torch.float32)))
     if not triton_missing and (DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
         from tokenspeed.kernels.triton.sample import Sample as Triton  # noqa: PLC0415 - needs a GPU or the interpreter
 

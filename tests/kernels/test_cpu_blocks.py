@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenspeed.kernels.numerics.block_cases import gqa_block_arguments, mlp_block_arguments
+from tokenspeed.kernels.numerics.block_cases import gqa_block_arguments, mlp_block_arguments, stack_arguments
 from tokenspeed.kernels.numerics.case import Arguments, copied
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.registry import Kernel, Target, TraitValue
@@ -91,3 +91,63 @@ def test_weights_of_another_form_than_the_block_was_chosen_for_are_refused(gener
     plain = mlp_block_arguments(2, {**MLP, "down_form": "rows"}, True, "residual", generator, torch.float32)
     with pytest.raises(ValueError, match="down is of the form rows; expected q4_1"):
         kernel("mlp_block_decode", MLP)(*plain)
+
+
+STACK: dict[str, TraitValue] = {
+    **{name: each for name, each in GQA.items() if not name.endswith("_form")}, "intermediate_size": 160
+}  # fmt: skip
+
+
+def stacked(generator: torch.Generator, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Arguments:
+    return stack_arguments(lengths, ("q4_1", "rows", "q8_0"), STACK, True, True, generator, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("lengths", [(40,), (70, 1, 300), (5, 9) * 8], ids=["1 row", "3 rows", "16 rows"])
+def test_a_stack_has_the_bits_of_its_blocks(
+    lengths: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    target = Target(TARGET.platform, dtype)
+    (parts,) = (each for each in default().registry.of("stack_decode") if each.backend == "composed")
+    arguments = stacked(generator, lengths, dtype)
+    ours, theirs = copied(arguments, CPU), copied(arguments, CPU)
+    got = default().select("stack_decode", target, STACK)(*ours)
+    assert torch.equal(got, parts.bind(target, STACK)(*theirs))
+    stored = arguments[3].kv_slots
+    for mine, right in zip(ours[2], theirs[2], strict=True):
+        for cache, wanted in zip(mine, right, strict=True):
+            assert torch.equal(cache.flatten(0, 1)[stored], wanted.flatten(0, 1)[stored])
+
+
+def test_a_stack_sees_a_cache_that_took_the_place_of_another(generator: torch.Generator) -> None:
+    stack = kernel("stack_decode", STACK)
+    x, layers, caches, *rest = stacked(generator, (33, 2))
+    listed = list(caches)
+    first = stack(x, layers, listed, *rest)
+    listed[1] = copied(caches[1], CPU)
+    listed[1][0].mul_(2)
+    assert not torch.equal(stack(x, layers, listed, *rest), first)
+
+
+@pytest.mark.parametrize("field", ["positions", "kv_slots", "kv_len", "block_table"])
+def test_a_row_of_a_stack_that_is_out_of_range_writes_nothing(field: str, generator: torch.Generator) -> None:
+    arguments = stacked(generator, (70, 40, 30))
+    wrong: Tensor = getattr(arguments[3], field)
+    wrong.view(3, -1)[1, 0] = 1_000_000
+    before = copied(arguments[2], CPU)
+    with pytest.raises(IndexError, match="row 1"):
+        kernel("stack_decode", STACK)(*arguments)
+    for layer, was in zip(arguments[2], before, strict=True):
+        assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(layer, was, strict=True))
+
+
+def test_layers_of_other_sizes_than_a_stack_was_chosen_for_are_refused(generator: torch.Generator) -> None:
+    x, layers, caches, *rest = stacked(generator, (9,))
+    narrow = layers[2]._replace(mlp_gain=layers[2].mlp_gain[:64].clone())
+    with pytest.raises(ValueError, match="the gain before the feed-forward"):
+        kernel("stack_decode", STACK)(x, (*layers[:2], narrow), caches, *rest)
+    with pytest.raises(ValueError, match="3 layers have 4 caches"):
+        kernel("stack_decode", STACK)(x, layers, caches[:2], *rest)
+    short = tuple(cache[:-1] for cache in caches[1])
+    with pytest.raises(ValueError, match="blocks, that of the first layer"):
+        kernel("stack_decode", STACK)(x, layers, (caches[0], short, caches[2]), *rest)

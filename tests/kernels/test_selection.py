@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from tokenspeed.kernels import ops, selection
-from tokenspeed.kernels.composed.blocks import BLOCKS, bind_block
+from tokenspeed.kernels.block_weights import DenseLayer
+from tokenspeed.kernels.composed.blocks import BLOCKS, Stack, bind_block
+from tokenspeed.kernels.numerics.block_cases import stack_arguments
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.kernels.registry import (
     OPS,
@@ -66,6 +68,22 @@ def test_the_highest_legal_priority_is_chosen() -> None:
     assert chooses.select("mha_decode", Target(CPU, torch.float32), ATTENTION)() == "fast"
     assert chooses.select("mha_decode", Target(HOPPER, torch.float32), ATTENTION)() == "hopper"
     assert chooses.select("mha_decode", Target(Platform("npu", ""), torch.float32), ATTENTION)() == "slow"
+
+
+@pytest.mark.parametrize(
+    ("priority", "forced", "form"),
+    [(2, {}, "panels"), (1, {}, "rows"), (2, {"linear": "cpu"}, "rows"), (2, {"packed_linear": "slow"}, "rows")],
+)
+def test_plain_matrices_are_packed_where_that_is_declared_better_and_nobody_forces_rows(
+    priority: int, forced: dict[str, str], form: str
+) -> None:
+    chooses = selector(
+        implementation("cpu", op="linear", priority=1),
+        implementation("cpu", op="packed_linear", priority=priority, dtypes=frozenset({torch.bfloat16})),
+        implementation("slow", op="packed_linear"),
+    )
+    assert chooses.plain_form(Target(CPU, torch.bfloat16), forced) == form
+    assert chooses.plain_form(Target(CPU, torch.float32), forced) == "rows"
 
 
 def test_at_equal_priority_the_first_declared_is_chosen() -> None:
@@ -211,6 +229,18 @@ def test_a_forced_part_of_a_composite_is_not_hidden_by_a_fused_kernel(monkeypatc
         assert chooses.select("lm_head_sample", target, traits)() == chosen
 
 
+def test_a_forced_part_of_a_part_is_not_hidden_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    chooses = selector(
+        implementation("composed", op="stack_decode", priority=1, selects_parts=True),
+        implementation("fused", op="stack_decode", priority=9),
+        implementation("reference", op="silu_mul"),
+    )
+    traits: Traits = dict.fromkeys(OPS["stack_decode"], 2)
+    assert chooses.select("stack_decode", Target(CPU, torch.float32), traits)() == "fused"
+    monkeypatch.setenv(ENVIRONMENT, "silu_mul=reference")
+    assert chooses.select("stack_decode", Target(CPU, torch.float32), traits)() == "composed"
+
+
 @pytest.mark.parametrize("op", BLOCKS)
 def test_the_parts_of_a_composite_are_those_that_its_composition_chooses(op: str) -> None:
     chosen: set[str] = set()
@@ -223,8 +253,19 @@ def test_the_parts_of_a_composite_are_those_that_its_composition_chooses(op: str
     numbers: dict[str, TraitValue] = dict.fromkeys(OPS[op], 2)
     for form in ("rows", "q8_0"):
         forms = {name: form for name in OPS[op] if name.endswith("_form")}
-        bind_block(op, choose)(Target(CPU, torch.float32), numbers | forms)
+        bound = bind_block(op, choose)(Target(CPU, torch.float32), numbers | forms)
+        if isinstance(bound, Stack):  # which needs layers to choose for
+            bound.blocks_of(stack_layer())
     assert chosen == set(PARTS[op])
+
+
+def stack_layer() -> DenseLayer:
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 2, "head_dim": 32, "block_size": 16
+    }  # fmt: skip
+    arguments = stack_arguments((1,), ("rows",), sizes, False, False, torch.Generator(), torch.float32)
+    layer: DenseLayer = arguments[1][0]
+    return layer
 
 
 def test_an_explanation_names_the_choice_the_rest_and_what_is_open() -> None:

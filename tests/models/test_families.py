@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from tokenspeed.checkpoint.config import read_model_config
 from tokenspeed.checkpoint.source import resolve
 from tokenspeed.checkpoint.weights import load_weights
 from tokenspeed.errors import CheckpointError
+from tokenspeed.kernels import ops
+from tokenspeed.kernels.platform import Platform
 from tokenspeed.layers.attention import QKNorm
 from tokenspeed.layers.mla import LatentAttention, MLAAttention
 from tokenspeed.layers.module import BuildContext
@@ -147,9 +150,16 @@ def _forget_correction(model: Any) -> None:
         router.bias.zero_()
 
 
+def _choose_otherwise(model: Any, **changed: Any) -> None:
+    """Routers that take another choice for theirs."""
+    for moe in _each(MoE)(model):
+        traits = dataclasses.asdict(moe.experts._routing) | changed
+        del traits["scale"], traits["bias"]
+        moe.gate._choose = ops.moe_route(ops.Target(Platform.of(torch.device("cpu")), torch.float32), **traits)
+
+
 def _forget_groups(model: Any) -> None:
-    for router in _each(Router)(model):
-        router._choose.top_groups = router._choose.num_groups
+    _choose_otherwise(model, num_groups=1, top_groups=1)
 
 
 def _forget_scale(model: Any) -> None:
@@ -173,8 +183,7 @@ def _swap_gate(model: Any) -> None:
 
 
 def _forget_normalising(model: Any) -> None:
-    for router in _each(Router)(model):
-        router._choose.normalise = False
+    _choose_otherwise(model, normalise=False)
 
 
 def _forget_bias(model: Any) -> None:

@@ -104,7 +104,7 @@ class Streams:
 
     def __init__(self, loaded: LoadedExecutor, params: SamplingParams, overlap: int, seed: int) -> None:
         self._params = params
-        self._vocab_size = loaded.vocab_size
+        self._vocab_size, self._step_tokens = loaded.vocab_size, loaded.limits.max_tokens
         self._executor = TimedExecutor(loaded.executor)
         core = Scheduler(
             num_blocks=loaded.executor.num_blocks,
@@ -134,22 +134,26 @@ class Streams:
         What `profile` says is added to that file.
         """
         start = time.perf_counter()
+        # Streams that began decode along while the prompts of the others are computed, in at least so many steps.
+        riding = 2 * -(-batch * context // self._step_tokens)
         more = COUNTED_STEPS + (0 if profile is None else 4 * PROFILED_STEPS)
-        self._counts = {self._submit(context, num_tokens + more + WARM_TOKENS + 1): 0 for _ in range(batch)}
+        most = riding + WARM_TOKENS + num_tokens + more + 1
+        self._counts = {self._submit(context, most): 0 for _ in range(batch)}
         await self._until(lambda: min(self._counts.values()) > 0)
         first = time.perf_counter() - start
         await self._until(lambda: min(self._counts.values()) > WARM_TOKENS)
-        slices = []
-        # The streams did not start in the same step: the first ends when the last still has some to go.
-        left = num_tokens + WARM_TOKENS - max(self._counts.values())
-        for _ in range(SLICES):
-            slices.append(await self._slice(left // SLICES))
+        if max(self._counts.values()) > most - num_tokens - more:
+            raise SystemExit(f"{batch} streams of {context:,} tokens: the first is nearly done when the last begins")
+        slices = [await self._slice(-(-num_tokens // SLICES)) for _ in range(SLICES)]
         blocks = self._loop.stats().blocks_used
         experts = await self._experts(batch)
         if profile is not None:
             with profile.open("a") as file:
                 file.write(f"\n{batch} streams at {context} tokens\n\n{await self._profiled()}")
-        await self._until(lambda: min(self._counts.values()) > num_tokens + more + WARM_TOKENS)
+        for request_id in self._counts:
+            self._loop.abort(request_id)
+        while self._loop.stats().running + self._loop.stats().draining:
+            await asyncio.sleep(0.001)
         return Measured(first, slices, experts, blocks)
 
     async def _experts(self, batch: int) -> str:

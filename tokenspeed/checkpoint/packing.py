@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from tokenspeed.checkpoint.gguf_blocks import packed
+from tokenspeed.kernels.forms import pack
 from tokenspeed.layers.module import Weight
 from tokenspeed.parallel.shards import Piece
 
@@ -24,7 +25,7 @@ class BlockReader(Protocol):
     def blocks(self, name: str) -> Blocks: ...
 
 
-class Packing:
+class PackedBlocks:
     """One weight on its way. Its pieces are whole tensors, one below the other."""
 
     def __init__(self, weight: Weight, reader: BlockReader) -> None:
@@ -41,4 +42,27 @@ class Packing:
         self._missing -= 1
         if not self._missing:
             self._weight.parameter.data.copy_(packed(self._weight.form, self._rows, stored.block_bytes).data)
+            self._rows = None
+
+
+class PackedRows:
+    """One weight of plain numbers on its way into panels."""
+
+    def __init__(self, weight: Weight) -> None:
+        self._weight = weight
+        self._missing = len(weight.pieces)
+        self._rows: torch.Tensor | None = None
+
+    def numbers(self) -> torch.Tensor:
+        """What the pieces are read into, as if it were the parameter [rows, columns]."""
+        if self._rows is None:
+            data = self._weight.parameter.data
+            self._rows = torch.empty(self._weight.shape, dtype=data.dtype, device=data.device)
+        return self._rows
+
+    def filled(self) -> None:
+        """One more piece is there; with the last one, fill the weight."""
+        self._missing -= 1
+        if not self._missing:
+            self._weight.parameter.data.copy_(pack(self.numbers()).data)
             self._rows = None

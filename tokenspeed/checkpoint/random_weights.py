@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from tokenspeed.kernels.forms import PANELS, pack
 from tokenspeed.layers.module import Weight
 
 STD = 0.02
@@ -26,7 +27,12 @@ def fill_random(weights: Iterable[Weight], progress: Callable[[int, int], None] 
         device = weight.parameter.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(SEED)
-        randomise(weight.whole_pieces[0].source, weight.parameter.data, generators[device])
+        data = weight.parameter.data
+        packed = weight.form == PANELS
+        rows = torch.empty(weight.shape, dtype=data.dtype, device=device) if packed else data
+        randomise(weight.whole_pieces[0].source, rows, generators[device])
+        if packed:
+            data.copy_(pack(rows).data)
         done += _num_bytes(weight)
         if progress is not None:
             progress(done, total)

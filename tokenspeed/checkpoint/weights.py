@@ -15,11 +15,11 @@ from tokenspeed.checkpoint.config import ModelConfig, positive_int, read_folder_
 from tokenspeed.checkpoint.folder_weights import FolderWeights, Part, read_whole
 from tokenspeed.checkpoint.gguf_blocks import FORMS
 from tokenspeed.checkpoint.gguf_file import GGUFFile
-from tokenspeed.checkpoint.packing import Blocks, Packing
+from tokenspeed.checkpoint.packing import Blocks, PackedBlocks, PackedRows
 from tokenspeed.checkpoint.random_weights import fill_random
 from tokenspeed.checkpoint.source import Source
 from tokenspeed.errors import CheckpointError
-from tokenspeed.kernels.forms import ROWS
+from tokenspeed.kernels.forms import PANELS, ROWS
 from tokenspeed.kernels.platform import Platform
 from tokenspeed.layers.module import Weight
 from tokenspeed.parallel.shards import Piece, tensor_shape
@@ -85,9 +85,10 @@ def load_weights(model: Loadable, source: Source, progress: Progress | None = No
     with contextlib.closing(open_weights(source)) as reader:
         _compare(tensor_shapes(weights), reader, model.ignored, source.path)
         total, done = sum(reader.num_bytes[name] for name in wanted), 0
-        packings = _packings(weights, reader)
+        blocks = _packed_blocks(weights, reader)
+        rows = {id(weight): PackedRows(weight) for weight in weights if weight.form == PANELS}
         for name in (name for name in reader.shapes if name in wanted):
-            _fill(reader, name, wanted[name], packings)
+            _fill(reader, name, wanted[name], blocks, rows)
             done += reader.num_bytes[name]
             if progress is not None:
                 progress(done, total)
@@ -120,22 +121,36 @@ def stored_forms(source: Source) -> dict[str, str]:
         return reader.forms
 
 
-def _packings(weights: Iterable[Weight], reader: WeightReader) -> dict[int, Packing]:
+def _packed_blocks(weights: Iterable[Weight], reader: WeightReader) -> dict[int, PackedBlocks]:
     """What takes the stored tensors of packed weights, which only GGUF files have, by the weight's id."""
     if not isinstance(reader, _GGUFWeights):
         return {}
-    return {id(weight): Packing(weight, reader) for weight in weights if weight.form != ROWS}
+    return {id(weight): PackedBlocks(weight, reader) for weight in weights if weight.form not in (ROWS, PANELS)}
 
 
-def _fill(reader: WeightReader, name: str, fills: list[Fill], packings: Mapping[int, Packing]) -> None:
+def _fill(
+    reader: WeightReader,
+    name: str,
+    fills: list[Fill],
+    blocks: Mapping[int, PackedBlocks],
+    packed_rows: Mapping[int, PackedRows],
+) -> None:
     weight, piece = fills[0]
-    if (packing := packings.get(id(weight))) is not None:
+    if (packing := blocks.get(id(weight))) is not None:
         packing.add(name, piece)
         return
-    if not piece.part:
-        reader.read_into(name, weight.parameter.data[piece.at])
-        return
-    reader.read_parts(name, [(piece.part, weight.parameter.data[piece.at]) for weight, piece in fills])
+    packed = [packed_rows.get(id(weight)) for weight, _ in fills]
+    into = [
+        weight.parameter.data[piece.at] if rows is None else rows.numbers()[piece.at]
+        for rows, (weight, piece) in zip(packed, fills, strict=True)
+    ]
+    if piece.part:
+        reader.read_parts(name, [(piece.part, numbers) for (_, piece), numbers in zip(fills, into, strict=True)])
+    else:
+        reader.read_into(name, into[0])
+    for rows in packed:
+        if rows is not None:
+            rows.filled()
 
 
 def default_dtype(config: ModelConfig, platform: Platform) -> torch.dtype:

@@ -15,7 +15,7 @@ from tokenspeed.batch import BatchLimits
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import resolve
 from tokenspeed.checkpoint.weights import default_dtype, load_weights, stored_forms
-from tokenspeed.config import EngineConfig
+from tokenspeed.config import MAX_THREADS, EngineConfig
 from tokenspeed.errors import ConfigError
 from tokenspeed.executor.cpu import CpuExecutor
 from tokenspeed.executor.device_step import Model
@@ -27,7 +27,8 @@ from tokenspeed.executor.load_gpu import Needs, free_memory, start_gpu
 from tokenspeed.executor.machine import available_cpus, available_memory
 from tokenspeed.executor.memory import block_bytes, mib, num_kv_blocks
 from tokenspeed.kernels.platform import Platform
-from tokenspeed.kernels.registry import KernelError
+from tokenspeed.kernels.registry import KernelError, Target
+from tokenspeed.kernels.selection import plain_form
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.over_ranks import OverRanks
@@ -96,6 +97,7 @@ def load_executor(
     forms = stored_forms(source) if config.dtype == "auto" and device.type == "cpu" else {}
     ctx = BuildContext.of(
         forms=forms,
+        plain_form=plain_form(Target(Platform.of(device), dtype)),
         device=device,
         dtype=dtype,
         max_positions=max_model_len,
@@ -158,7 +160,7 @@ def started(
             torch.set_num_threads(num_threads)
         executor, pool_blocks, where = start_gpu(model, ctx, needs, world)
     else:
-        num_threads = num_threads or max(1, available_cpus() // place.local_world)
+        num_threads = num_threads or min(MAX_THREADS, max(1, available_cpus() // place.local_world))
         pool_blocks = (fits,) if world is None else world.least_by_group(fits)
         executor = CpuExecutor(
             model,

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-import numpy as np
-import numpy.typing as npt
-
-from tokenspeed.batch import Int32Array, Plan
+from tokenspeed.batch import Plan
 from tokenspeed.errors import InvariantBroken
 from tokenspeed.executor.interface import Binding, Mask
 
@@ -62,10 +59,3 @@ def checked(slots: Sequence[int], masks: Sequence[Mask]) -> Sequence[Mask]:
 def num_words(vocab_size: int) -> int:
     """Words of 32 bits that hold a bit a token."""
     return -(-vocab_size // 32)
-
-
-def forbidden(mask: Int32Array, vocab_size: int) -> npt.NDArray[np.bool_]:
-    """Where the bits of `mask` [V / 32] are 0, [V]."""
-    bits: npt.NDArray[np.uint8] = np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little")
-    found: npt.NDArray[np.bool_] = bits == 0
-    return found

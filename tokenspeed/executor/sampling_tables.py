@@ -1,17 +1,21 @@
-"""What the sampler remembers of each slot: parameters as tables, and the edits of those who have any."""
+"""What the CPU's sampler remembers of each slot: the tables of the `sample` kernel, and words that must not come."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from tokenspeed.batch import Int64Array
-from tokenspeed.executor.edits import Edits, has_penalties
-from tokenspeed.executor.interface import Binding
-from tokenspeed.kernels import sampler_state
+from tokenspeed.batch import Int32Array, Int64Array
+from tokenspeed.executor.edits import BadWords, has_penalties
+from tokenspeed.executor.interface import Binding, Mask
+from tokenspeed.executor.masks import num_words
+from tokenspeed.kernels import ops, sampler_state
+from tokenspeed.kernels.sampler_state import PROMPT, STOP
 
 MIN_TEMPERATURE = 1e-6
 """Lower temperatures are raised to this: float32 logits this close together differ by rounding only."""
@@ -38,43 +42,81 @@ class Feature(enum.IntFlag):
 class SamplingTables:
     """Sampling state of `num_slots` slots; a slot's entries hold from `bind` to `release` or the next `bind`.
 
-    `temperature`, `top_p`, `min_p` float64, `top_k` (0 = off), `seed`, `num_logprobs` and `features` int64,
-    each [slots].
+    `state` are the kernel's tables, `features` and `num_logprobs` int64 [slots]; `bad_words` those of slots that have
+    words of several tokens. Tables as wide as the vocabulary cost memory where a slot has used them.
     """
 
     def __init__(self, num_slots: int, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.num_slots = num_slots
         self.features: Int64Array = np.zeros(num_slots, dtype=np.int64)
-        self.top_k: Int64Array = np.zeros(num_slots, dtype=np.int64)
-        self.seed: Int64Array = np.zeros(num_slots, dtype=np.int64)
         self.num_logprobs: Int64Array = np.zeros(num_slots, dtype=np.int64)
-        self.temperature: npt.NDArray[np.float64] = np.ones(num_slots)
-        self.top_p: npt.NDArray[np.float64] = np.ones(num_slots)
-        self.min_p: npt.NDArray[np.float64] = np.zeros(num_slots)
-        self.edits: dict[int, Edits] = {}
+        self.bad_words: dict[int, BadWords] = {}
+        widths = {"bias": vocab_size, "seen": vocab_size, "mask": num_words(vocab_size)}
+        # numpy's zeros, unlike torch's, are pages of the system that cost nothing until they are written.
+        self._columns: dict[str, npt.NDArray[Any]] = {
+            name: np.zeros((num_slots + 1, widths[name]) if name in widths else num_slots + 1, _TYPES[name])
+            for name in ops.SamplerState._fields
+        }
+        self.state = ops.SamplerState(*map(torch.from_numpy, self._columns.values()))
 
     def bind(self, slot: int, binding: Binding) -> None:
         """Give `slot` to a request; history is rebuilt from the tokens that it brings."""
-        params = binding.params
+        params, columns = binding.params, self._columns
         features = features_of(binding, self.vocab_size)
-        self.features[slot] = features
-        self.top_k[slot] = params.top_k if 0 < params.top_k < self.vocab_size else 0
-        self.seed[slot] = binding.seed
+        self.features[slot] = columns["features"][slot] = features
         self.num_logprobs[slot] = params.logprobs or 0
-        self.temperature[slot] = max(params.temperature, MIN_TEMPERATURE)
-        self.top_p[slot] = params.top_p
-        self.min_p[slot] = params.min_p
+        columns["top_k"][slot] = params.top_k if 0 < params.top_k < self.vocab_size else 0
+        columns["seed"][slot] = binding.seed
+        columns["temperature"][slot] = max(params.temperature, MIN_TEMPERATURE)
+        columns["top_p"][slot], columns["min_p"][slot] = params.top_p, params.min_p
+        columns["repetition"][slot], columns["presence"][slot] = params.repetition_penalty, params.presence_penalty
+        columns["frequency"][slot] = params.frequency_penalty
+        columns["min_length"][slot] = binding.prompt_len + params.min_tokens
+        self.bad_words.pop(slot, None)
         if features & Feature.EDITS:
-            self.edits[slot] = Edits(binding)
-        else:
-            self.edits.pop(slot, None)
+            columns["bias"][slot], columns["seen"][slot] = edits_of(binding, self.vocab_size)
+            sequences = [words for words in params.bad_word_ids if len(words) > 1]
+            if sequences:
+                self.bad_words[slot] = BadWords(sequences, binding.tokens)
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget what these slots asked for."""
         for slot in slots:
-            self.features[slot] = 0
-            self.edits.pop(slot, None)
+            self.features[slot] = self._columns["features"][slot] = 0
+            self.bad_words.pop(slot, None)
+
+    def place(self, slots: Int64Array, positions: Int64Array) -> None:
+        """Say where the next token of each of `slots` will stand."""
+        self._columns["length"][slots] = positions
+
+    def allow(self, slot: int, mask: Mask) -> None:
+        """Only what `mask` allows is sampled next; None allows all."""
+        self._columns["mask"][slot] = -1 if mask is None else mask
+
+
+_TYPES: dict[str, type[np.generic]] = {
+    **dict.fromkeys(("features", "top_k", "min_length", "seen", "mask"), np.int32),
+    **dict.fromkeys(("seed", "length", "last_token"), np.int64),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition", "presence", "frequency", "bias"), np.float32),
+}
+
+
+def edits_of(binding: Binding, vocab_size: int) -> tuple[npt.NDArray[np.float32], Int32Array]:
+    """The rows of `SamplerState`'s bias and seen of a request: bias, allowed tokens and bad words of one token; prompt,
+    output and stop ids."""
+    params, tokens = binding.params, binding.tokens
+    bias = np.zeros(vocab_size, dtype=np.float32)
+    if params.allowed_token_ids is not None:
+        bias.fill(-np.inf)
+        bias[list(params.allowed_token_ids)] = 0
+    for token, value in params.logit_bias.items():
+        bias[token] += value
+    bias[[words[0] for words in params.bad_word_ids if len(words) == 1]] = -np.inf
+    seen: Int32Array = np.bincount(tokens[binding.prompt_len :], minlength=vocab_size).astype(np.int32)
+    seen[tokens[: binding.prompt_len]] |= PROMPT
+    seen[binding.stop_ids] |= STOP
+    return bias, seen
 
 
 def features_of(binding: Binding, vocab_size: int) -> Feature:

@@ -8,10 +8,9 @@ import torch
 from tokenspeed.batch import BatchLimits, Int32Array, Int64Array
 from tokenspeed.executor.interface import Binding
 from tokenspeed.executor.masks import num_words
-from tokenspeed.executor.sampling_tables import MIN_TEMPERATURE, Feature, features_of
+from tokenspeed.executor.sampling_tables import MIN_TEMPERATURE, Feature, edits_of, features_of
 from tokenspeed.executor.staging import DevicePlan, Staging
 from tokenspeed.kernels.ops import SamplerState, SlotState
-from tokenspeed.kernels.sampler_state import PROMPT, STOP
 
 UNMAPPED = -1
 """An entry of a block table that no plan has filled; a length that no plan has told."""
@@ -115,22 +114,12 @@ class SlotTables:
         self.block_table[deltas[:, 0].long(), deltas[:, 1].long()] = deltas[:, 2]
 
     def _bind_edits(self, slot: int, binding: Binding) -> None:
-        params, tokens = binding.params, binding.tokens
-        bias = np.zeros(self.vocab_size, dtype=np.float32)
-        if params.allowed_token_ids is not None:
-            bias.fill(-np.inf)
-            bias[list(params.allowed_token_ids)] = 0
-        for token, value in params.logit_bias.items():
-            bias[token] += value
-        bias[[words[0] for words in params.bad_word_ids if len(words) == 1]] = -np.inf
-        seen: Int32Array = np.bincount(tokens[binding.prompt_len :], minlength=self.vocab_size).astype(np.int32)
-        seen[tokens[: binding.prompt_len]] |= PROMPT
-        seen[binding.stop_ids] |= STOP
+        bias, seen = edits_of(binding, self.vocab_size)
         self.state.bias[slot].copy_(uploaded(bias, self.device))
         self.state.seen[slot].copy_(uploaded(seen, self.device))
-        sequences = [words for words in params.bad_word_ids if len(words) > 1]
+        sequences = [words for words in binding.params.bad_word_ids if len(words) > 1]
         if sequences:
-            self.bad_words[slot] = BadWords(sequences, tokens, self.device)
+            self.bad_words[slot] = BadWords(sequences, binding.tokens, self.device)
 
 
 class BadWords:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -68,6 +69,11 @@ class AttentionInput:
                 inputs.positions, inputs.kv_slots, decode.kv_len, decode.block_table, decode.kv_lens
             ),
         )
+
+
+def cache_rows(inputs: ForwardInput) -> ops.CacheRows:
+    """The rows of a step of decode rows alone, as the ops of whole blocks take them."""
+    return ops.CacheRows(inputs.positions, inputs.kv_slots, inputs.kv_len, inputs.block_table, inputs.kv_lens)
 
 
 def heads_of_a_rank(mesh: Mesh, axis: str, num_heads: int) -> int:
@@ -208,6 +214,16 @@ class Attention(Module):
         x + residual). Without a norm x is normed already, and nothing else comes back."""
 
 
+class GqaSizes(NamedTuple):
+    """What the ops of whole blocks are chosen by, of one rank."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+
+
 class GQAAttention(Attention):
     """Projection to q, k and v in one product, a norm of the heads where `qk_norm_eps` is given, paged attention,
     projection back. `num_heads` and `num_kv_heads` are those of the model; a rank has its share."""
@@ -264,16 +280,18 @@ class GQAAttention(Attention):
             out=self.o_proj.weight,
             out_bias=self.o_proj.bias,
         )
+        self.sizes = GqaSizes(hidden_size, num_heads, num_kv_heads, head_dim, ctx.block_size)
         self._block = ops.gqa_block_decode(
             ctx.target,
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            block_size=ctx.block_size,
+            **self.sizes._asdict(),
             qkv_form=ops.form_of(self.qkv_proj.weight),
             out_form=ops.form_of(self.o_proj.weight),
         )
+
+    @property
+    def in_stack(self) -> tuple[ops.GqaWeights, float, float]:
+        """What all layers as one op take of it: weights, eps of the norms on heads, scale of scores."""
+        return self._weights_of_block, self._head_eps, self._scale
 
     def stages(self) -> Iterable[tuple[str, Module]]:
         yield "qkv_proj", self.qkv_proj

@@ -148,6 +148,7 @@ class MLAAttention(Attention):
         axis: str = "attn",
     ) -> None:
         super().__init__()
+        ctx = ctx.in_rows()  # as the block of a decode step takes them
         self.boundary = Boundary(takes=Replicate(axis), gives=Partial(axis))
         self.row_bytes = hidden_size * ctx.dtype.itemsize
         rank, queries = shape.q_lora_rank, shape.num_heads * shape.qk_dim

@@ -39,7 +39,8 @@ class GatedMLP(Module):
         self.activation = SiluMul(ctx, axis=axis)
         self.down_proj = RowLinear(ctx, intermediate_size, {"down_proj": hidden_size}, axis=axis, bias=bias)
         self.row_bytes = hidden_size * ctx.dtype.itemsize
-        self._weights_of_block = ops.MlpWeights(
+        self.intermediate_size = intermediate_size // ctx.mesh.size(axis)
+        self.weights_of_block = ops.MlpWeights(
             gate_up=self.gate_up_proj.weight,
             gate_up_bias=self.gate_up_proj.bias,
             down=self.down_proj.weight,
@@ -48,7 +49,7 @@ class GatedMLP(Module):
         self._block = ops.mlp_block_decode(
             ctx.target,
             hidden_size=hidden_size,
-            intermediate_size=intermediate_size // ctx.mesh.size(axis),
+            intermediate_size=self.intermediate_size,
             gate_up_form=ops.form_of(self.gate_up_proj.weight),
             down_form=ops.form_of(self.down_proj.weight),
         )
@@ -71,4 +72,4 @@ class GatedMLP(Module):
         """A step of decode rows alone, from before the norm: x and residual [R, H] → (what the block adds,
         x + residual). Without a norm x is normed already, and nothing else comes back. What rows from `num_tokens` on
         give is of no interest; here they cost nothing, as weights are read once for all rows."""
-        return self._block(x, None if norm is None else norm.edge(residual), self._weights_of_block)
+        return self._block(x, None if norm is None else norm.edge(residual), self.weights_of_block)

@@ -27,7 +27,8 @@ class BuildContext:
     `target` is what the kernels are selected for; `max_positions` the longest sequence the engine will
     run, which sizes the rotary tables; `block_size` tokens a KV block; `prefix` the dotted name of the
     checkpoint tensors of the module under construction; `rank` the rank of `mesh` that the model is built for.
-    `forms` says which checkpoint tensors are matrices that kernels multiply as they are stored, and in which form.
+    `forms` says which checkpoint tensors are matrices that kernels multiply as they are stored, and in which form;
+    `plain_form` is the form of the others, which are packed as they are loaded.
     """
 
     device: torch.device
@@ -39,6 +40,7 @@ class BuildContext:
     prefix: str = ""
     rank: int = 0
     forms: Mapping[str, str] = field(default_factory=dict)
+    plain_form: str = ROWS
 
     @classmethod
     def of(
@@ -51,6 +53,7 @@ class BuildContext:
         mesh: Mesh | None = None,
         rank: int = 0,
         forms: Mapping[str, str] | None = None,
+        plain_form: str = ROWS,
     ) -> BuildContext:
         """A context for `device`; without a mesh, for one rank."""
         return cls(
@@ -62,11 +65,16 @@ class BuildContext:
             block_size=block_size,
             rank=rank,
             forms={} if forms is None else forms,
+            plain_form=plain_form,
         )
 
     def inside(self, name: str) -> BuildContext:
         """The same context for a part whose checkpoint tensors are called `prefix`.`name`.…"""
         return dataclasses.replace(self, prefix=self.name(name))
+
+    def in_rows(self) -> BuildContext:
+        """The same context for a part whose kernels take all matrices as rows."""
+        return dataclasses.replace(self, forms={}, plain_form=ROWS)
 
     def name(self, name: str) -> str:
         """The full checkpoint name of `name`."""
@@ -147,15 +155,16 @@ class Module(nn.Module):
 
     def declare_matrix(self, ctx: BuildContext, shape: Shape, pieces: Iterable[Piece], *shares: Share) -> ops.Matrix:
         """As `declare`, for a matrix [N,K] that is only multiplied with, or looked up: in the form in which the
-        checkpoint has it, where that is one form for all of it and this rank holds whole tensors."""
+        checkpoint has it, where that is one form for all of it and this rank holds whole tensors; else in the
+        context's form of plain numbers."""
         whole_pieces = tuple(pieces)
         (rows, columns), kept = local(shape, whole_pieces, shares, ctx.mesh, ctx.rank)
         forms = {ROWS if piece.part else ctx.forms.get(piece.source, ROWS) for piece in kept}
-        if len(forms) != 1 or ROWS in forms:
+        form = ctx.plain_form if len(forms) != 1 or ROWS in forms else forms.pop()
+        if form == ROWS:
             return self.declare(ctx, shape, whole_pieces, *shares)
-        (form,) = forms
         packed, dtype = packed_shape(form, rows, columns, ctx.dtype)
-        parameter = _uninitialised(ctx, packed, dtype, zeros=False)
+        parameter = _uninitialised(ctx, packed, dtype, zeros=not kept)
         self._weights.append(Weight(parameter, kept, shape, whole_pieces, shares, (rows, columns), form))
         self.register_parameter("packed", parameter)
         return Packed(parameter, form, rows, columns)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tokenspeed.checkpoint.config import ModelConfig
-from tokenspeed.layers.attention import Attention, AttentionInput
+from tokenspeed.kernels import ops
+from tokenspeed.layers.attention import Attention, AttentionInput, GQAAttention, GqaSizes, cache_rows
 from tokenspeed.layers.embedding import Embedding, LMHead
 from tokenspeed.layers.forward import ForwardInput, LayerKV
 from tokenspeed.layers.mlp import GatedMLP
@@ -23,6 +24,7 @@ from tokenspeed.parallel.placement import AnyTokens, Boundary, Replicate
 ATTENTION = "attn"
 
 FeedForward = GatedMLP | MoE
+DenseSizes = tuple[GqaSizes, int]
 
 
 class DecoderLayer(Module):
@@ -39,6 +41,19 @@ class DecoderLayer(Module):
         self.mlp = mlp
         # Kept apart from the modules, which torch looks for longer than some of them compute.
         self._decode = self_attn.decode, self.input_layernorm, mlp.decode, self.post_attention_layernorm
+
+    @property
+    def dense(self) -> tuple[DenseSizes, ops.DenseLayer] | None:
+        """What it is made of, for all layers as one op; None with latent attention or experts."""
+        attention, mlp = self.self_attn, self.mlp
+        if not isinstance(attention, GQAAttention) or not isinstance(mlp, GatedMLP):
+            return None
+        weights, head_eps, scale = attention.in_stack
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        made_of = ops.DenseLayer(
+            first.weight, weights, head_eps, scale, second.weight, mlp.weights_of_block, first.eps
+        )
+        return (attention.sizes, mlp.intermediate_size), made_of
 
     def stages(self) -> Iterable[tuple[str, Module]]:
         return (
@@ -66,6 +81,29 @@ class DecoderLayer(Module):
         return feed(x, second_norm, residual, inputs.num_tokens)
 
 
+class DenseStack:
+    """All layers and the last norm in a decode step, as one op."""
+
+    def __init__(
+        self, ctx: BuildContext, sizes: DenseSizes, layers: tuple[ops.DenseLayer, ...], norm: RMSNorm
+    ) -> None:
+        gqa, intermediate_size = sizes
+        self._run = ops.stack_decode(ctx.target, intermediate_size=intermediate_size, **gqa._asdict())
+        self._layers, self._gain, self._eps = layers, norm.weight, norm.eps
+
+    @classmethod
+    def of(cls, ctx: BuildContext, layers: Sequence[DecoderLayer], norm: RMSNorm) -> DenseStack | None:
+        """None where a layer is not dense, or has other sizes than the first."""
+        parts = [part for layer in layers if (part := layer.dense) is not None]
+        if len(parts) < len(layers) or len({sizes for sizes, _ in parts}) != 1:
+            return None
+        return cls(ctx, parts[0][0], tuple(made_of for _, made_of in parts), norm)
+
+    def __call__(self, x: torch.Tensor, rows: ops.CacheRows, kv: Sequence[LayerKV]) -> torch.Tensor:
+        """x [R, H] of R rows of one token each → hidden states [R, H] after the last norm."""
+        return self._run(x, self._layers, kv, rows, self._gain, self._eps)
+
+
 class Decoder(CausalLM):
     """A model made of `layer(ctx, i)`, its tensors under `model.layers.i`; `ignored` matches more names to skip.
 
@@ -91,6 +129,7 @@ class Decoder(CausalLM):
         self.norm = RMSNorm(body.inside("norm"), shape.hidden_size, shape.rms_norm_eps)
         tied = self.embed_tokens.weight if shape.tied else None
         self.lm_head = LMHead(ctx.inside("lm_head"), shape.vocab_size, shape.hidden_size, tied=tied)
+        self._stack = DenseStack.of(ctx, self.layers, self.norm)
         self.kv_spec = [layer.self_attn.kv_spec for layer in self.layers]
         # Old exports carry the rotary frequencies; a tied model may carry its table twice.
         skipped = [r".*\.rotary_emb\.inv_freq", *ignored]
@@ -106,10 +145,12 @@ class Decoder(CausalLM):
         yield "lm_head", self.lm_head
 
     def forward(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor:
-        attention = AttentionInput.of(inputs)
         x: torch.Tensor = self.embed_tokens(inputs.token_ids)
+        decodes = inputs.num_decode == len(inputs.query_lens)
+        if decodes and self._stack is not None:
+            return self._stack(x, cache_rows(inputs), kv)
+        attention = AttentionInput.of(inputs)
         residual: torch.Tensor | None = None
-        decodes = not attention.prefill.num_rows
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, residual = (layer.decode if decodes else layer)(x, residual, attention, layer_kv)
         hidden: torch.Tensor = self.norm(x, residual)[0]

@@ -1,0 +1,42 @@
+// x86-64 with AVX-512, its bfloat16 products and AMX tiles of bfloat16: what tiles do better, the rest is isa_avx512_bf16.cc's.
+// Everything compiled for it is local to this file: the linker must never pick such a function for another.
+#include "kernels.h"
+#include "mla.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// Told by hand: whether a target pragma defines the compiler's own macros depends on its version (GCC 12: no).
+#define TOKENSPEED_FUSED_BITS 512
+#define TOKENSPEED_BFLOAT16_PRODUCTS
+#define TOKENSPEED_TILES
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+
+namespace tokenspeed::cpu::avx512_bf16 {
+const Kernels* table(Type);
+}
+
+namespace tokenspeed::cpu::amx {
+namespace {
+constexpr int LANES = 16;
+#include "simd.h"
+#include "multiply.h"
+#include "linear_few.h"
+#include "linear_many.h"
+#include "panels.h"
+#include "pairs.h"
+#include "pair_tiles.h"
+#include "attention_decode.h"
+#include "mla_tiles.h"
+}  // namespace
+#include "pair_table.h"
+
+const Kernels* table(Type type) {
+    if (type == Type::f32) return avx512_bf16::table(type);
+    static const Kernels bf16 = with_latent_tiles(with_pairs(*avx512_bf16::table(type)));
+    return &bf16;
+}
+}  // namespace tokenspeed::cpu::amx
+#endif

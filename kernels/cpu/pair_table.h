@@ -1,0 +1,21 @@
+// The products of pairs of one instruction set, put into a table. Included by each isa_*.cc that has them inside its
+// namespace, after pair_vectors.h or pair_tiles.h.
+
+namespace {
+template <bool SUMS, class Pairs>
+constexpr void use_pairs(Kernels& kernels, Form form, Pairs pairs) {
+    kernels.forms[static_cast<int>(form)].pairs_pack = pairs_pack<SUMS>;
+    kernels.forms[static_cast<int>(form)].pairs = pairs;
+}
+
+constexpr Kernels with_pairs(Kernels kernels) {
+    use_pairs<false>(kernels, Form::panels, plain_pairs);
+#ifdef TOKENSPEED_TILES
+    use_pairs<true>(kernels, Form::q4_0, scaled_pairs<NibblePairs<Half, false>>);
+    use_pairs<true>(kernels, Form::q4_1, scaled_pairs<NibblePairs<Half, true>>);
+    use_pairs<true>(kernels, Form::q4_k, scaled_pairs<NibblePairs<float, true>>);
+    use_pairs<false>(kernels, Form::q8_0, scaled_pairs<BytePairs>);
+#endif
+    return kernels;
+}
+}  // namespace

@@ -1,0 +1,226 @@
+// The products of pairs.h in AMX tiles: 16 tokens × 32 columns times 32 columns × 16 rows an instruction. Included by isa_amx.cc
+// inside its namespace, after pairs.h.
+//
+// Instructions are written out: compilers offer them only where the whole file may use them. No compiler keeps anything in
+// a tile. Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights.
+
+struct TileShapes {
+    alignas(64) uint8_t palette = 1;
+    uint8_t start = 0;
+    uint8_t reserved[14] = {};
+    uint16_t bytes[16] = {};  // of a row
+    uint8_t rows[16] = {};
+};
+
+// Tiles for so many tokens are the thread's while this lives.
+class Tiles {
+public:
+    explicit Tiles(int rows) {
+        TileShapes shapes;
+        for (int i = 0; i < 8; ++i) {
+            shapes.bytes[i] = 64;
+            shapes.rows[i] = static_cast<uint8_t>(i < 6 ? rows : PANEL_ROWS);
+        }
+        asm volatile("ldtilecfg %0" : : "m"(shapes));
+    }
+    ~Tiles() { asm volatile("tilerelease"); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+};
+
+template <int TILE>
+[[gnu::always_inline]] inline void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(TILE));
+}
+template <int TILE>
+[[gnu::always_inline]] inline void tile_load(const void* from) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(int64_t{64}), "i"(TILE) : "memory");
+}
+template <int TILE>
+[[gnu::always_inline]] inline void tile_store(void* to) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(int64_t{64}), "i"(TILE) : "memory");
+}
+template <int SUMS, int TOKENS, int WEIGHTS>
+[[gnu::always_inline]] inline void tile_multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(TOKENS), "i"(WEIGHTS));
+}
+
+template <int N, class Body>
+[[gnu::always_inline]] inline void each(const Body& body) {
+    [&]<int... I>(Lanes<I...>) { (body(Width<I>{}), ...); }(typename CountLanes<N>::type{});
+}
+
+// sums (from zero if `first`) += T tiles of tokens · P panels of weights, `depth` groups of each. A tile's sums are
+// `sums_stride` floats behind those of the one before, a panel's follow each other. The first tokens bring the weights from
+// memory, and those AHEAD are fetched; behind a panel's end comes its successor in this stream, P panels on.
+template <int T, int P, bool FETCH>
+inline void multiply_tiles(const char* x, int64_t x_stride, int rows, const char* weight, int64_t panel_bytes, int64_t depth,
+                           int64_t left, bool first, float* sums, int64_t sums_stride) {
+    static_assert(T * P <= 4);
+    constexpr int64_t AHEAD = T == 1 ? 4 : 2;
+    const int64_t size = rows * PANEL_ROWS;
+    each<T>([&](auto t) {
+        each<P>([&](auto p) {
+            if (first) {
+                tile_zero<t.value * P + p.value>();
+            } else {
+                tile_load<t.value * P + p.value>(sums + t.value * sums_stride + p.value * size);
+            }
+        });
+    });
+    for (int64_t g = 0; g < depth; ++g, x += rows * GROUP_WORDS * 4, weight += GROUP_BYTES) {
+        if constexpr (FETCH) {
+            const int64_t ahead = AHEAD * GROUP_BYTES + (g + AHEAD < left ? 0 : (P - 1) * panel_bytes);
+            for (int p = 0; p < P; ++p) {
+                for (int64_t line = 0; line < GROUP_BYTES; line += 64) {
+                    __builtin_prefetch(weight + p * panel_bytes + ahead + line);
+                }
+            }
+        }
+        each<T>([&](auto t) { tile_load<4 + t.value>(x + t.value * x_stride); });
+        each<P>([&](auto p) {
+            constexpr int WEIGHTS = 6 + p.value % 2;
+            tile_load<WEIGHTS>(weight + p.value * panel_bytes);
+            each<T>([&](auto t) { tile_multiply<t.value * P + p.value, 4 + t.value, WEIGHTS>(); });
+        });
+    }
+    each<T>([&](auto t) {
+        each<P>([&](auto p) { tile_store<t.value * P + p.value>(sums + t.value * sums_stride + p.value * size); });
+    });
+}
+
+// Panels [first, last) against one block of tokens, as many as PANELS together. words(first panel, their number, first group,
+// groups, stride) gives bfloat16 words of a strip of them, and sets the bytes from panel to panel.
+template <int PANELS, bool FETCH, class Words_>
+inline void strips_of_tiles(const Linear& a, const Pairs& x, int64_t begin, int64_t first, int64_t last, int64_t depth,
+                            float* sums, const Words_& words) {
+    const int64_t size = x.rows * PANEL_ROWS;
+    const Tiles tiles(x.rows);
+    for (int64_t panel = first; panel < last;) {
+        const int64_t count = last - panel >= PANELS ? PANELS : last - panel >= 2 ? 2 : 1, stride = count * size;
+        for (int64_t g = 0; g == 0 || g < x.groups; g += depth) {
+            const int64_t till = x.groups - g < depth ? x.groups - g : depth;
+            int64_t t = 0, panel_bytes = 0;
+            const char* weight = words(panel, count, g, till, panel_bytes);
+            const auto run = [&](auto several, auto panels) {
+                const auto multiply = FETCH && t == 0 ? multiply_tiles<several.value, panels.value, FETCH>
+                                                      : multiply_tiles<several.value, panels.value, false>;
+                multiply(x.tile(t, g), x.tile_bytes(), x.rows, weight, panel_bytes, till, x.groups - g, g == 0,
+                         sums + t * stride, stride);
+                t += several.value;
+            };
+            while (t + 2 <= x.tiles) count == 2 ? run(Width<2>{}, Width<2>{}) : run(Width<2>{}, Width<1>{});
+            if (t < x.tiles) {
+                count == PANELS ? run(Width<1>{}, Width<PANELS>{})
+                                : count == 2 ? run(Width<1>{}, Width<2>{}) : run(Width<1>{}, Width<1>{});
+            }
+        }
+        for (int64_t p = 0; p < count; ++p) write_pairs(a, x, begin, panel + p, sums + p * size, stride);
+        panel += count;
+    }
+}
+
+// bfloat16 panels, as they lie.
+inline void plain_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                        float* scratch) {
+    const Pairs x(packed, end - begin, a.groups());
+    const auto words = [&](int64_t panel, int64_t, int64_t g, int64_t, int64_t& panel_bytes) {
+        panel_bytes = x.groups * GROUP_BYTES;
+        return static_cast<const char*>(a.weight) + panel * panel_bytes + g * GROUP_BYTES;
+    };
+    if (x.tiles == 1) return strips_of_tiles<4, true>(a, x, begin, first, last, x.groups + 1, scratch, words);
+    strips_of_tiles<2, true>(a, x, begin, first, last, x.tiles == 2 ? x.groups + 1 : strip_depth(x.groups), scratch, words);
+}
+
+// Quantised panels, rounded to bfloat16 strip by strip: F is their view of panels.h.
+template <class F>
+inline void rounded_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_t first, int64_t last, float* scratch) {
+    const int64_t depth = strip_depth(x.groups);
+    char* strip = reinterpret_cast<char*>(scratch);
+    const auto words = [&](int64_t panel, int64_t count, int64_t g, int64_t till, int64_t& panel_bytes) {
+        panel_bytes = depth * GROUP_BYTES;
+        for (int64_t p = 0; p < count; ++p) {
+            const char* group = static_cast<const char*>(a.weight) + ((panel + p) * x.groups + g) * F::BYTES;
+            for (int64_t i = 0; i < till; ++i) round_group<F>(group + i * F::BYTES, strip + p * panel_bytes + i * GROUP_BYTES);
+        }
+        return strip;
+    };
+    strips_of_tiles<2, false>(a, x, begin, first, last, depth, scratch + 2 * STRIP_GROUPS * GROUP_BYTES / 4, words);
+}
+
+// sums [M, 16] (from zero if `first`) += scale · (tile · group) + minimum · (sum of the token) for `depth` groups of words.
+// Four products are under way at a time. Meanwhile the groups `ahead` are fetched, if not null: expanding them would wait.
+template <int M, class F>
+inline void scaled_tile(const char* x, const float* token_sums, const Strip<F>& strip, int64_t depth, const char* ahead,
+                        bool first, float* products, float* sums) {
+    Floats totals[M];
+    for (int m = 0; m < M; ++m) totals[m] = first ? Floats{} : load(sums + m * PANEL_ROWS);
+    const auto step = [&](auto number, int64_t g) {
+        if (ahead != nullptr) {
+            for (int64_t line = 0; line < number.value * F::BYTES; line += 64) {
+                __builtin_prefetch(ahead + g * F::BYTES + line);
+            }
+        }
+        each<number.value>([&](auto i) {
+            tile_zero<i.value>();
+            tile_load<4 + i.value % 2>(x + (g + i.value) * M * GROUP_WORDS * 4);
+            tile_load<6 + i.value % 2>(strip.words + (g + i.value) * GROUP_BYTES);
+            tile_multiply<i.value, 4 + i.value % 2, 6 + i.value % 2>();
+            tile_store<i.value>(products + i.value * M * PANEL_ROWS);
+        });
+        for (int i = 0; i < number.value; ++i) {
+            const float* of = products + i * M * PANEL_ROWS;
+            const Floats scale = load(strip.scales + (g + i) * PANEL_ROWS);
+            for (int m = 0; m < M; ++m) totals[m] = fused(load(of + m * PANEL_ROWS), scale, totals[m]);
+            if constexpr (F::MINIMUMS) {
+                const Floats minimum = load(strip.minimums + (g + i) * PANEL_ROWS);
+                for (int m = 0; m < M; ++m) totals[m] = fused(splat(token_sums[(g + i) * M + m]), minimum, totals[m]);
+            }
+        }
+    };
+    int64_t g = 0;
+    for (; g + 4 <= depth; g += 4) step(Width<4>{}, g);
+    if (g + 2 <= depth) {
+        step(Width<2>{}, g);
+        g += 2;
+    }
+    if (g < depth) step(Width<1>{}, g);
+    for (int m = 0; m < M; ++m) store(sums + m * PANEL_ROWS, totals[m]);
+}
+
+// Quantised panels [first, last) against one block of tokens.
+template <class F>
+void scaled_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                  float* scratch) {
+    const Pairs x(packed, end - begin, a.groups());
+    if (a.tokens > PAIRS_FEW && !a.float_out) {
+        return rounded_pairs<typename F::View>(a, x, begin, first, last, scratch);
+    }
+    const int64_t size = x.rows * PANEL_ROWS, most = strip_depth(x.groups);
+    const Tiles tiles(x.rows);
+    Strip<F> strip(scratch);
+    float* products = scratch + STRIP_FLOATS;
+    float* sums = products + 4 * PANEL_ROWS * PANEL_ROWS;
+    for (int64_t panel = first; panel < last; ++panel) {
+        const char* group = static_cast<const char*>(a.weight) + panel * x.groups * F::BYTES;
+        for (int64_t g = 0; g == 0 || g < x.groups; g += most) {
+            const int64_t depth = x.groups - g < most ? x.groups - g : most;
+            strip.expand(group, depth);
+            group += depth * F::BYTES;
+            const auto run = [&](auto rows) {
+                for (int64_t t = 0; t < x.tiles; ++t) {
+                    scaled_tile<rows.value>(x.tile(t, g), x.sums_of(t, g), strip, depth, t == 0 ? group : nullptr, g == 0,
+                                            products, sums + t * size);
+                }
+            };
+            switch (x.rows) {
+                case 1: run(Width<1>{}); break;
+                case 2: run(Width<2>{}); break;
+                case 4: run(Width<4>{}); break;
+                case 8: run(Width<8>{}); break;
+                default: run(Width<16>{}); break;
+            }
+        }
+        write_pairs(a, x, begin, panel, sums, size);
+    }
+}

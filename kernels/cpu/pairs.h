@@ -1,0 +1,216 @@
+// Products of bfloat16 tokens with packed weights (forms.h) where one instruction multiplies pairs of numbers: y = x · weightᵀ
+// + bias. Included by each isa_*.cc that has them inside its namespace, after panels.h; pair_vectors.h or pair_tiles.h
+// follows, which multiply.
+//
+// A word of a bfloat16 panel is the pair (k, 16 + k) of a group, so tokens are put into such pairs, once, and weights are
+// used as they lie: a group of a panel is 16 × 16 words. Quantised weights become words of small whole numbers, which
+// bfloat16 holds exactly, for a strip of groups and all tokens; scales and minimums are applied to the group's sums in
+// float32, so that a weight is the number of the file here too. For more than PAIRS_FEW tokens, whose outputs are
+// bfloat16, they are rounded to it instead: three times as fast, and the error of a product becomes √2 times as large. An
+// output is the same sum in the same order for any number of tokens beside it, of those up to PAIRS_FEW and of those above.
+//
+// Tokens lie in tiles of Pairs::rows: words [tiles, groups, rows, 16], zeros behind the last token, then, for forms with
+// minimums, the tokens' sums [tiles, groups, rows].
+
+typedef uint16_t Shorts __attribute__((vector_size(64)));
+
+constexpr int64_t GROUP_WORDS = GROUP / 2;
+constexpr int64_t GROUP_BYTES = PANEL_ROWS * GROUP_WORDS * 4;  // a group of words
+constexpr int64_t STRIP_GROUPS = 20;  // at most: a strip of two panels, or of one with what is made of it, stays in L1
+constexpr int64_t STRIP_FLOATS = STRIP_GROUPS * (GROUP_BYTES / 4 + 2 * PANEL_ROWS);
+
+struct Pairs {
+    const float* words;
+    const float* sums;
+    int64_t groups;
+    int64_t tiles;
+    int64_t tokens;
+    int rows;
+
+    Pairs(const float* packed, int64_t count, int64_t num_groups)
+        : words(packed),
+          sums(packed + pair_tokens(count) * num_groups * GROUP_WORDS),
+          groups(num_groups),
+          tiles(pair_tokens(count) / pair_rows(count)),
+          tokens(count),
+          rows(static_cast<int>(pair_rows(count))) {}
+    const char* tile(int64_t t, int64_t group) const {
+        return reinterpret_cast<const char*>(words + (t * groups + group) * rows * GROUP_WORDS);
+    }
+    int64_t tile_bytes() const { return groups * rows * GROUP_WORDS * 4; }
+    const float* sums_of(int64_t t, int64_t group) const { return sums + (t * groups + group) * rows; }
+};
+
+// Groups of each strip of as many: as even as they can be.
+constexpr int64_t strip_depth(int64_t groups) {
+    const int64_t strips = (groups + STRIP_GROUPS - 1) / STRIP_GROUPS;
+    return strips == 0 ? 1 : (groups + strips - 1) / strips;
+}
+
+// 0, 16, 1, 17, …
+template <int... I>
+inline Shorts interleaved(Lanes<I...>) {
+    return Shorts{(I / 2 + I % 2 * 16)...};
+}
+
+// Quantised forms: head() gives what each row's sum over the group is multiplied with, and what the tokens' sum is;
+// expand() the group's words. The words of four bits are 16 + value: an "or" makes them, and the 16 goes into the minimum.
+template <class Scale, bool HAS_MINIMUMS>
+struct NibblePairs {
+    using View = Nibbles<Scale, HAS_MINIMUMS>;
+    static constexpr int64_t BYTES = View::BYTES;
+    static constexpr bool MINIMUMS = true;
+
+    static void head(const char* group, float* scales, float* minimums) {
+        const Scale* at = reinterpret_cast<const Scale*>(group);
+        const Floats scale = load(at);
+        store(scales, scale);
+        if constexpr (HAS_MINIMUMS) {
+            store(minimums, fused(scale, splat(-16.f), load(at + PANEL_ROWS)));
+        } else {
+            store(minimums, scale * -24.f);
+        }
+    }
+    static void expand(const char* group, char* to) {
+        const char* words = group + (HAS_MINIMUMS ? 2 : 1) * View::HEAD;
+        for (int w = 0; w < 4; ++w) {
+            const Words word = words_at(words + w * PANEL_ROWS * 4);
+            const auto part = [&](int i, Words shifted) {
+                const Words pair = (shifted & 0x00780078u) | 0x41804180u;
+                __builtin_memcpy(to + (i * 4 + w) * PANEL_ROWS * 4, &pair, sizeof pair);
+            };
+            part(0, word << 3);
+            part(1, word >> 1);
+            part(2, word >> 5);
+            part(3, word >> 9);
+        }
+    }
+};
+
+// Eight bits: converted in the upper byte of an integer, 2^24 too large. A load from some bytes before shifts a word for
+// nothing, and one permutation under a mask puts two numbers' upper halves together: 25 → 17 ns a group.
+struct BytePairs {
+    using View = Bytes;
+    static constexpr int64_t BYTES = Bytes::BYTES;
+    static constexpr bool MINIMUMS = false;
+
+    static void head(const char* group, float* scales, float*) {
+        store(scales, load(reinterpret_cast<const Half*>(group)) * 0x1p-24f);
+    }
+    static void expand(const char* group, char* to) {
+        const char* words = group + Bytes::HEAD;
+        for (int w = 0; w < 8; ++w) {
+            // Byte i of each word.
+            const auto number = [&](int i) {
+                const Words byte = words_at(words + w * PANEL_ROWS * 4 - (3 - i)) & 0xff000000u;
+                return bit_copy<__m512i>(__builtin_convertvector(bit_copy<Ints>(byte), Floats));
+            };
+            for (int i = 0; i < 2; ++i) {
+                const __m512i pair = _mm512_mask_alignr_epi8(number(i + 2), 0x3333333333333333u, number(i), number(i), 2);
+                __builtin_memcpy(to + (i * 8 + w) * PANEL_ROWS * 4, &pair, sizeof pair);
+            }
+        }
+    }
+};
+
+// A group of one of panels.h's forms as words of weights, rounded to bfloat16.
+template <class F>
+inline void round_group(const char* group, char* to) {
+    constexpr int WORDS = GROUP / F::PARTS, HALF = F::PARTS / 2;
+    const __m512i order = bit_copy<__m512i>(interleaved(typename CountLanes<GROUP>::type{}));
+    F low(group, 0), high(group, 0);
+    const auto part = [&]<int P>(Width<P>) {
+        low.template turn<P>();
+        high.template turn<P + HALF>();
+        for (int w = 0; w < WORDS; ++w, to += PANEL_ROWS * 4) {
+            const auto rounded = _mm512_cvtne2ps_pbh(bit_copy<__m512>(high.template at<P + HALF>(w)),
+                                                     bit_copy<__m512>(low.template at<P>(w)));
+            const __m512i pairs = _mm512_maskz_permutexvar_epi16(0xffffffffu, order, bit_copy<__m512i>(rounded));
+            __builtin_memcpy(to, &pairs, sizeof pairs);
+        }
+    };
+    [&]<int... I>(Lanes<I...>) { (part(Width<I>{}), ...); }(typename CountLanes<HALF>::type{});
+}
+
+// A strip of groups of one quantised panel as words, with its scales and minimums.
+template <class F>
+struct Strip {
+    char* words;
+    float* scales;
+    float* minimums;
+
+    explicit Strip(float* memory)
+        : words(reinterpret_cast<char*>(memory)),
+          scales(memory + STRIP_GROUPS * GROUP_BYTES / 4),
+          minimums(scales + STRIP_GROUPS * PANEL_ROWS) {}
+    // `depth` groups that lie at `group`.
+    void expand(const char* group, int64_t depth) {
+        for (int64_t i = 0; i < depth; ++i, group += F::BYTES) {
+            F::head(group, scales + i * PANEL_ROWS, minimums + i * PANEL_ROWS);
+            F::expand(group, words + i * GROUP_BYTES);
+        }
+    }
+};
+
+// Of all lanes, in four steps.
+template <int S>
+inline float halved_sum(Floats x) {
+    x = low<S>(x, x, AllLanes{}) + high<S>(x, x, AllLanes{});
+    if constexpr (S * 2 < LANES) {
+        return halved_sum<S * 2>(x);
+    } else {
+        return x[0];
+    }
+}
+
+// Tokens [begin, end) as the tiles of one block.
+template <bool SUMS>
+void pairs_pack(const Linear& a, int64_t begin, int64_t end, float* packed) {
+    const Pairs x(packed, end - begin, a.groups());
+    for (int64_t t = 0; t < x.tiles * x.rows; ++t) {
+        float* words = packed + (t / x.rows * x.groups * x.rows + t % x.rows) * GROUP_WORDS;
+        float* sums = const_cast<float*>(x.sums) + t / x.rows * x.groups * x.rows + t % x.rows;
+        const BFloat16* token = static_cast<const BFloat16*>(a.x) + (begin + t) * a.x_stride;
+        const int64_t columns = t < x.tokens ? a.columns : 0;
+        for (int64_t g = 0; g < x.groups; ++g, words += x.rows * GROUP_WORDS, sums += x.rows) {
+            Halves low = {}, high = {};
+            if ((g + 1) * GROUP <= columns) {
+                __builtin_memcpy(&low, token + g * GROUP, sizeof low);
+                __builtin_memcpy(&high, token + g * GROUP + GROUP / 2, sizeof high);
+            } else if (g * GROUP < columns) {
+                BFloat16 rest[GROUP] = {};
+                __builtin_memcpy(rest, token + g * GROUP, static_cast<std::size_t>(columns - g * GROUP) * sizeof(BFloat16));
+                __builtin_memcpy(&low, rest, sizeof low);
+                __builtin_memcpy(&high, rest + GROUP / 2, sizeof high);
+            }
+            const Words pairs = __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+            __builtin_memcpy(words, &pairs, sizeof pairs);
+            if constexpr (SUMS) {
+                *sums = halved_sum<1>(bit_copy<Floats>(pairs << 16) + bit_copy<Floats>(pairs & 0xffff0000u));
+            }
+        }
+    }
+}
+
+// The outputs of one panel: sums [tiles, rows, 16], a tile `stride` floats behind the one before.
+inline void write_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_t panel, const float* sums, int64_t stride) {
+    const BFloat16* bias = static_cast<const BFloat16*>(a.bias);
+    const int64_t row = panel * PANEL_ROWS;
+    const int rows = static_cast<int>(a.rows - row < PANEL_ROWS ? a.rows - row : PANEL_ROWS);
+    const Floats added = bias == nullptr || rows < PANEL_ROWS ? Floats{} : load(bias + row);
+    for (int64_t t = 0; t < x.tokens; ++t) {
+        const float* of = sums + t / x.rows * stride + t % x.rows * PANEL_ROWS;
+        if (rows < PANEL_ROWS) {
+            write_sums(a, bias, begin + t, row, rows, of);
+            continue;
+        }
+        const int64_t at = (begin + t) * a.rows + row;
+        const Floats y = bias == nullptr ? load(of) : load(of) + added;
+        if (a.float_out) {
+            store(static_cast<float*>(a.out) + at, y);
+        } else {
+            const __m256bh rounded = _mm512_cvtneps_pbh(bit_copy<__m512>(y));
+            __builtin_memcpy(static_cast<BFloat16*>(a.out) + at, &rounded, sizeof rounded);
+        }
+    }
+}
