@@ -352,6 +352,12 @@ std::optional<std::int32_t> Scheduler::cached_tokens(RequestId id) const {
   return ended->cached_tokens;
 }
 
+Familiarity Scheduler::familiarity(std::span<const Hash> prompt, std::int64_t session) const {
+  PrefixMatch match;
+  match_prefix(pool_, host_, prompt, match);
+  return {sessions_.knows(session), match.size() * limits_.block_size};
+}
+
 Counters Scheduler::counters() const {
   Counters now = counters_;
   now.running = running_.size();

@@ -107,6 +107,12 @@ struct Counters {
   std::int64_t blocks_loaded = 0;     // and back
 };
 
+// What there is of a request that has not been submitted.
+struct Familiarity {
+  bool session = false;     // the session that it names is known
+  std::int32_t cached = 0;  // tokens of its prompt that would be prefix hits
+};
+
 // For dump(): one request in plain data.
 struct RequestDump {
   RequestId id;
@@ -154,6 +160,8 @@ class Scheduler {
   const Sequence* sequence_of(RequestId id) const;
   std::optional<std::int32_t> cached_tokens(RequestId id) const;
   Counters counters() const;
+  // Of a request with these prompt hashes; `session` as in Submission.
+  Familiarity familiarity(std::span<const Hash> prompt, std::int64_t session) const;
   // Whether a request has not ended, or has but a launched step may still touch its memory.
   bool holds(RequestId id) const { return requests_.contains(id); }
   std::int32_t num_unfinished() const { return static_cast<std::int32_t>(requests_.size()); }

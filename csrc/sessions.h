@@ -51,6 +51,8 @@ class Sessions {
     const Session* session = find(id, prompt);
     return session && session->resident;
   }
+  // Whether one of this name is known: a displaced one is remembered for a while.
+  bool knows(std::int64_t id) const { return id > 0 && sessions_.contains(id); }
   // The session of a new request with these prompt hashes, and `blocks` of its own. `id` 0: none is named.
   Session& arrive(std::int64_t id, std::span<const Hash> prompt, std::int32_t blocks);
   // One of its requests has ended with `blocks`.

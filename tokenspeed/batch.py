@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -22,6 +22,9 @@ Int64Array = npt.NDArray[np.int64]
 
 ON_DEVICE = -1
 """In `token_ids`: the input id is `last_token[slot]`, known only to the device."""
+
+NO_STEP = -1
+"""The number of no step: real ones begin with 0 or above."""
 
 NOT_FINITE = -1
 """In `StepResult.tokens`: the logits of this row held NaN or infinity; no token was sampled."""
@@ -172,6 +175,72 @@ class Plan(msgspec.Struct, frozen=True):
     @property
     def released(self) -> Int32Array:
         return self.buffers.released[: self.num_released]
+
+
+class JointBuffers(PlanBuffers):
+    """Buffers of several pools, whose plans are filled into `parts`; the arrays here then have them beside each other.
+
+    Host memory alone: what a device needs of its pool is copied from that pool's part.
+    """
+
+    def __init__(self, parts: Sequence[PlanBuffers]) -> None:
+        self.parts = tuple(parts)
+        one, count = self.parts[0].limits, len(self.parts)
+        super().__init__(
+            BatchLimits(
+                max_rows=count * one.max_rows,
+                max_tokens=count * one.max_tokens,
+                max_blocks=count * one.max_blocks,
+                block_size=one.block_size,
+                max_copies=count * one.max_copies,
+            )
+        )
+
+
+class JointPlan(Plan, frozen=True):
+    """The plans of several pools as one step: rows are ordered by pool, and in each pool its decode rows come first.
+
+    `parts` are the plans of the pools, each with its own numbers of steps, slots, blocks and tickets; one that has
+    nothing to do has an empty plan of step `NO_STEP`. Here pool i's slots follow those of the pools before it
+    (i × max_rows), and so do indices in the bindings; of G pools its ticket t is t × G + i, and blocks stay its own.
+    """
+
+    parts: tuple[Plan, ...]
+
+    @classmethod
+    def of(cls, step: int, plans: Sequence[Plan | None], buffers: JointBuffers) -> Self:
+        """`plans` have been filled into the parts of `buffers`, None where there is nothing to do."""
+        parts = tuple(plan or Plan(NO_STEP, own, *[0] * 9) for plan, own in zip(plans, buffers.parts, strict=True))
+        rows = tokens = deltas = samples = bound = copies = released = 0
+        for pool, part in enumerate(parts):
+            slot = pool * part.buffers.limits.max_rows
+            buffers.row_slot[rows : rows + part.num_rows] = part.row_slot + slot
+            buffers.row_new[rows : rows + part.num_rows] = part.row_new
+            buffers.row_computed[rows : rows + part.num_rows] = part.row_computed
+            buffers.token_ids[tokens : tokens + part.num_tokens] = part.token_ids
+            buffers.sample_rows[samples : samples + part.num_samples] = part.sample_rows + rows
+            if part.num_deltas:
+                table_delta = buffers.table_delta[deltas : deltas + part.num_deltas]
+                table_delta[:] = part.table_delta
+                table_delta[:, 0] += slot
+            if part.num_bound:
+                buffers.bound[bound : bound + part.num_bound, 0] = part.bound[:, 0] + slot
+                buffers.bound[bound : bound + part.num_bound, 1] = part.bound[:, 1] + bound
+                buffers.bound_ids[bound : bound + part.num_bound] = part.bound_ids
+            if part.num_copies:
+                joint = buffers.copies[copies : copies + part.num_copies]
+                joint[:] = part.copies
+                joint[:, 0] = part.copies[:, 0] * len(parts) + pool
+            if part.num_released:
+                buffers.released[released : released + part.num_released] = part.released + slot
+            rows, tokens, deltas = rows + part.num_rows, tokens + part.num_tokens, deltas + part.num_deltas
+            samples, bound = samples + part.num_samples, bound + part.num_bound
+            copies, released = copies + part.num_copies, released + part.num_released
+        decode = sum(part.num_decode for part in parts)
+        allowed = min(part.allowed_prompt_tokens for part in parts if part.step != NO_STEP)
+        return cls(
+            step, buffers, rows, decode, tokens, deltas, samples, bound, copies, released, allowed, parts
+        )
 
 
 @dataclass(frozen=True, slots=True)

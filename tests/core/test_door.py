@@ -13,7 +13,7 @@ import pytest
 
 from tests.core.driver import LIMITS, Driver, int32, prompt_of
 from tokenspeed._core import Misuse, Policy, Refusal, Scheduler
-from tokenspeed._core.scheduler import block_hashes, siphash
+from tokenspeed._core.scheduler import PromptHashes, block_hashes, siphash
 from tokenspeed.batch import BatchLimits, PlanBuffers
 
 HUGE = 10**5000  # too long to be printed
@@ -264,6 +264,7 @@ def test_an_id_can_be_used_again_once_nothing_of_it_is_held() -> None:
 def test_no_call_looks_in_while_another_thread_is_inside() -> None:
     limits = BatchLimits(max_rows=4, max_tokens=64, max_blocks=1 << 16, block_size=64)
     d = Driver(limits, num_blocks=1 << 17, max_model_len=1 << 23)
+    unknown = PromptHashes(bytes(16), b"", NO_IDS, 64)
     calls: dict[str, Callable[[], object]] = {
         "submit": lambda: d.submit(9, [1]),
         "abort": lambda: d.core.abort(9),
@@ -275,6 +276,7 @@ def test_no_call_looks_in_while_another_thread_is_inside() -> None:
         "retry_after": lambda: d.core.retry_after,
         "tokens_of": lambda: d.core.tokens_of(1),
         "cached_tokens": lambda: d.core.cached_tokens(1),
+        "familiarity": lambda: d.core.familiarity(unknown),
         "stats": d.core.stats,
         "check": d.core.check,
         "dump": d.core.dump,

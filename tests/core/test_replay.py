@@ -191,7 +191,7 @@ def test_a_violation_that_the_scheduler_finds_in_itself_is_named(
         def check(self) -> str | None:
             return "a block has two owners" if self.num_unfinished == 2 else None
 
-    monkeypatch.setattr("tokenspeed._core.replay.Scheduler", Broken)
+    monkeypatch.setattr("tokenspeed._core.record.Scheduler", Broken)
     assert main([str(recorded)]) == 0
     assert main([str(recorded), "--check"]) == 1
     assert capsys.readouterr().out.endswith("after call 3, submit: a block has two owners\n")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tokenspeed._core.record import Call, RecordingScheduler
-from tokenspeed.batch import BatchLimits, Plan, PlanBuffers, StepResult, StepTimes
+from tokenspeed._core.record import Call, recorded_through
+from tokenspeed.batch import BatchLimits, JointBuffers, Plan, PlanBuffers, StepResult, StepTimes
 from tokenspeed.engine import lockstep
 from tokenspeed.engine.lockstep import Follower, Leader, LeadingExecutor
 from tokenspeed.errors import InvariantBroken
@@ -28,6 +28,7 @@ class Landed:
     """A step that has landed with tokens that depend on its number alone, and on who is `wrong`."""
 
     masked: Sequence[int] = ()
+    given: list[list[Mask]]
 
     def __init__(self, plan: Plan, wrong: int, *, crashes: bool) -> None:
         self.crashes = crashes
@@ -36,7 +37,8 @@ class Landed:
             plan.step, tokens.astype(np.int32), np.ones(len(tokens), dtype=np.int32), None, {}, StepTimes(0.0, 0.0)
         )
 
-    def mask(self, masks: Sequence[Mask]) -> None: ...
+    def mask(self, masks: Sequence[Mask]) -> None:
+        self.given.append(list(masks))
 
     async def tokens(self) -> StepResult:
         if self.crashes:
@@ -53,17 +55,23 @@ class Device:
 
     num_blocks = 12
 
-    def __init__(self, wrong_from: int = 1 << 30, *, crashes: bool = False) -> None:
+    def __init__(self, pools: int = 1, wrong_from: int = 1 << 30, *, crashes: bool = False) -> None:
+        self.pools = pools
         self.wrong_from = wrong_from
         self.crashes = crashes
-        self.bound: list[SamplingParams] = []
+        self.bound: list[Binding] = []
+        self.masks: list[list[Mask]] = []
 
     def launch(self, plan: Plan, bindings: Sequence[Binding]) -> Flight:
-        self.bound += [binding.params for binding in bindings]
-        return Landed(plan, int(plan.step >= self.wrong_from), crashes=self.crashes)
+        self.bound += bindings
+        flight = Landed(plan, int(plan.step >= self.wrong_from), crashes=self.crashes)
+        flight.masked = [int(plan.row_slot[row]) for row in plan.sample_rows] if self.pools > 1 else ()
+        flight.given = self.masks
+        return flight
 
     def new_buffers(self) -> PlanBuffers:
-        return PlanBuffers(LIMITS)
+        parts = [PlanBuffers(LIMITS) for _ in range(self.pools)]
+        return JointBuffers(parts) if self.pools > 1 else parts[0]
 
     def close(self) -> None: ...
 
@@ -71,17 +79,17 @@ class Device:
 class Rank0:
     """A control plane and a device that are led; `frames` is what the others are told."""
 
-    def __init__(self) -> None:
+    def __init__(self, pools: int = 1) -> None:
         self.frames: list[bytes] = []
-        self.leader = Leader(self.frames.append, lambda error: None, debug=True)
-        self.device = Device()
+        self.leader = Leader(self.frames.append, lambda error: None, debug=True, sends_masks=pools > 1)
+        self.device = Device(pools)
         self.executor = LeadingExecutor(self.device, self.leader)
-        self.core = RecordingScheduler.through(
-            self.leader, num_blocks=12, limits=LIMITS, max_model_len=128, max_queued=8, prefix_caching=True,
+        self.core = recorded_through(
+            self.leader, num_blocks=[12] * pools, limits=LIMITS, max_model_len=128, max_queued=8, prefix_caching=True,
             hash_key=bytes(range(16)),
         )  # fmt: skip
         self.flights: deque[Flight] = deque()
-        self.buffers = deque(PlanBuffers(LIMITS) for _ in range(2))
+        self.buffers = deque(self.device.new_buffers() for _ in range(2))
         self.now = 0.0
 
     async def random_calls(self, seed: int, count: int) -> None:
@@ -105,10 +113,13 @@ class Rank0:
         if plan is not None:
             self.buffers.rotate()
             bindings = [
-                Binding(SamplingParams(max_tokens=id + 1), *self.core.tokens_of(id), 0, NO_STOPS)
+                Binding(SamplingParams(max_tokens=id + 1), *self.core.tokens_of(id), id, NO_STOPS, masked=True)
                 for id in plan.bound_ids.tolist()
             ]
             self.flights.append(self.executor.launch(plan, bindings))
+            if self.flights[-1].masked:
+                masks = [np.array([slot, plan.step], dtype=np.int32) for slot in self.flights[-1].masked]
+                self.flights[-1].mask([masks[0], *[None] * (len(masks) - 1)])
         elif self.flights:
             result = await self.flights.popleft().tokens()
             self.core.commit(result.step, result.tokens, result.num_tokens, 0.01)
@@ -123,6 +134,10 @@ class Rank0:
         return self.frames
 
 
+def listed(masks: list[list[Mask]]) -> list[list[list[int] | None]]:
+    return [[None if mask is None else mask.tolist() for mask in step] for step in masks]
+
+
 async def followed(frames: list[bytes], device: Device) -> Follower:
     follower = Follower(device, debug=True)
     for frame in frames:
@@ -130,16 +145,21 @@ async def followed(frames: list[bytes], device: Device) -> Follower:
     return follower
 
 
+@pytest.mark.parametrize("pools", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_calls_lead_another_rank_to_the_same_state(seed: int) -> None:
+def test_random_calls_lead_another_rank_to_the_same_state(seed: int, pools: int) -> None:
     async def run() -> None:
-        rank0, device = Rank0(), Device()
+        rank0, device = Rank0(pools), Device(pools)
         await rank0.random_calls(seed, 400)
         state = rank0.core.dump()
         follower = await followed(rank0.told(), device)
         assert follower.core.dump() == state
         assert rank0.core.stats().generated_tokens > 100
-        assert device.bound == rank0.device.bound and len(device.bound) > 10
+        given, told = rank0.device.bound, device.bound
+        assert [(each.params, each.seed) for each in told] == [(each.params, each.seed) for each in given]
+        assert len(told) > 10 and {each.masked for each in told} == {pools > 1}, "masks are for ranks that decide"
+        assert listed(device.masks) == listed(rank0.device.masks)
+        assert len(device.masks) > 10 or pools == 1
 
     asyncio.run(run())
 
@@ -162,7 +182,7 @@ def test_another_plan_ends_a_rank_and_names_the_step() -> None:
         at, frame = next((i, f) for i, f in enumerate(frames) if lockstep.decoded(f).step == 3)
         there = lockstep.decoded(frame)
         calls = [Call.of(call.method, call.args, call.kwargs) for call in there.calls]
-        wrong = lockstep.Frame(calls, there.step, there.bound, bytes(16))
+        wrong = lockstep.Frame(calls, there.step, there.bound, None, bytes(16))
         frames[at] = lockstep.encoded(wrong)
         with pytest.raises(InvariantBroken, match="step 3: this rank's plan is not rank 0's"):
             await followed(frames, Device())

@@ -267,13 +267,3 @@ def test_a_step_that_lands_when_a_stopped_process_goes_on_is_not_given_up_for_la
         await ranks.end()
 
     asyncio.run(scenario())
-
-
-def test_groups_with_requests_of_their_own_are_refused(folder: Path) -> None:
-    async def run() -> None:
-        parallel = Parallel(world=2, attn_tp=1)
-        async with AsyncEngine(EngineConfig(model=str(folder), parallel=parallel), in_process=True):
-            raise AssertionError("it started")
-
-    with pytest.raises(ConfigError, match="--attn-dp-size 2"):
-        asyncio.run(run())

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tokenspeed.config import EngineConfig
-from tokenspeed.engine.messages import Dropped, EngineStats
+from tokenspeed.engine.messages import Dropped, EngineStats, PoolStats
 from tokenspeed.engine.observe import StepHistograms
 from tokenspeed.engine.stream import Direct, Ending, Take
 from tokenspeed.errors import ContextLengthExceeded, InvalidRequest, QueueFull, RequestError, Unavailable
@@ -296,6 +296,7 @@ class FakeEngine:
             sessions_waiting=1,
             refusals=self.refusals,
             streams_below_floor=2,
+            pools=[PoolStats(2, 0, 50, 10), PoolStats(1, 4, 50, 40)],
         )
 
     def memory_stats(self) -> MemoryStats:

@@ -169,6 +169,9 @@ def test_a_drain_that_takes_too_long_aborts_what_is_left(fragile: Served) -> Non
     assert events(replies[0].text)[0]["choices"][0]["finish_reason"] == "abort"
 
 
+POOL_METRICS = {"requests_running": ["2.0", "1.0"], "requests_waiting": ["0.0", "4.0"], "usage_perc": ["0.2", "0.8"]}
+
+
 def test_metrics_tell_what_happened(fragile: Served) -> None:
     for stream in (False, True):
         fragile.post("/v1/chat/completions", chat(stream=stream, max_tokens=5))
@@ -189,6 +192,8 @@ def test_metrics_tell_what_happened(fragile: Served) -> None:
     assert lines["tokenspeed:host_blocks_used"] == "0.0"
     assert lines['tokenspeed:num_refused_total{reason="floor"}'] == "2.0"
     assert lines['tokenspeed:num_refused_total{reason="no_room"}'] == "0.0"
+    of_pools = {name: [lines[f'tokenspeed:pool_{name}{{pool="{pool}"}}'] for pool in range(2)] for name in POOL_METRICS}
+    assert of_pools == POOL_METRICS
     for name in ("prompt_tokens_total", "prompt_tokens_cached_total", "num_preemptions_total", "kv_cache_usage_perc"):
         assert f"tokenspeed:{name}" in lines
 

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from msgspec import structs
 
 from tests.toy import VOCAB_SIZE, greedy, toy_llama
-from tokenspeed.batch import ON_DEVICE, Plan
+from tokenspeed.batch import ON_DEVICE, BatchLimits, Plan
+from tokenspeed.checkpoint.config import ModelConfig
 from tokenspeed.config import EngineConfig
+from tokenspeed.entrypoints.flags import FLAGS
 from tokenspeed.errors import CheckpointError, ConfigError
 from tokenspeed.executor import load
 from tokenspeed.executor.interface import Binding
@@ -117,3 +121,37 @@ def test_bfloat16_gives_tokens_of_the_vocabulary(tmp_path: Path) -> None:
     tokens = asyncio.run(generate(loaded, [1, 2, 3], 4))
     loaded.executor.close()
     assert all(0 <= token < VOCAB_SIZE for token in tokens)
+
+
+class Heard:
+    """What a rank says that has to be the same on all."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.said: list[tuple[str, str]] = []
+        model = ModelConfig(
+            file="config.json", architecture="LlamaForCausalLM", hf={"hidden_size": 96}, vocab_size=9,
+            max_position_embeddings=128, dtype="float32", eos_token_ids=(2,), bos_token_id=0, generation_defaults={},
+        )  # fmt: skip
+        load.agree(self, config, model, BatchLimits(4, 16, 8, 16), torch.float32)  # type: ignore[arg-type]
+
+    def same(self, name: str, value: str) -> None:
+        self.said.append((name, value))
+
+
+def test_ranks_agree_on_everything_that_they_were_told_but_what_is_their_own() -> None:
+    told = EngineConfig()
+    others: dict[str, object] = {
+        "dtype": "bfloat16", "load_format": "dummy", "max_model_len": 9, "block_size": 128, "max_num_seqs": 9,
+        "max_num_batched_tokens": 99, "max_queued_requests": 9, "max_queue_seconds": 9.0, "tps_floor": 9.0,
+        "session_admission": False, "enable_prefix_caching": False, "kv_cache_bytes": 9, "overlap": 0, "seed": 9,
+        "watchdog_seconds": 9.0,
+    }  # fmt: skip
+    assert set(others) | load.OWN == set(EngineConfig.__struct_fields__)
+    flags = {flag.field: flag.name for flag in FLAGS}
+    before = Heard(told).said
+    for name, value in others.items():
+        after = Heard(structs.replace(told, **{name: value})).said
+        assert [flag for flag, _ in after] == [flag for flag, _ in before]
+        differ = {flag for (flag, one), (_, other) in zip(before, after, strict=True) if one != other}
+        assert differ == {flags[name]}
+    assert Heard(structs.replace(told, watchdog_seconds=60)).said == before, "60 and 60.0 are one"

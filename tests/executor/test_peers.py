@@ -30,17 +30,23 @@ from tokenspeed.executor.interface import Binding, Executor, Flight, Mask, Peers
 
 
 class Queue:
-    """What two ranks share: `rank` 0 puts, the other takes."""
+    """What two ranks of one group share: `rank` 0 puts, the other takes."""
+
+    num_groups, group = 1, 0
 
     def __init__(self, rank: int, tensors: queue.Queue[torch.Tensor]) -> None:
-        self.rank = rank
+        self.decides = rank == 0
         self._tensors = tensors
 
-    def share(self, tensor: torch.Tensor) -> None:
-        if self.rank == 0:
-            self._tensors.put(tensor.clone())
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.decides:
+            self._tensors.put(tokens.clone())
         else:
-            tensor.copy_(self._tensors.get(timeout=60))
+            tokens.copy_(self._tensors.get(timeout=60))
+        return tokens.unsqueeze(0)
+
+    def told(self, data: bytes) -> list[bytes]:
+        raise AssertionError("one group has nobody to tell")
 
 
 def cpu_executor(peers: Peers) -> Executor:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.layers.over_ranks import Ranks, models_of, times_held
-from tests.models.families import write
+from tests.models.families import LLAMA, write
+from tests.toy import toy_llama
 from tokenspeed.errors import ConfigError
 from tokenspeed.parallel.mesh import Mesh
 
@@ -26,7 +27,7 @@ MESHES = {
     "attention copied in pairs, dense layers as they like": Mesh.of(4, attn_copies=2, attn_dp=2, dense_tp=1, moe_ep=2),
     "experts twice": Mesh.of(4, attn_tp=2, moe_ep=2, moe_tp=1, dense_tp=1, vocab_tp=1),
 }
-FAMILIES = ["deepseek-v3", "kimi-k2", "qwen2-tied-yarn", "qwen3-moe"]
+FAMILIES = ["deepseek-v3", "kimi-k2", "llama", "qwen2-tied-yarn", "qwen3-moe"]
 SEQUENCES, PROMPT = 4, 5
 """As many sequences as ranks, so that every layout divides a decode step."""
 
@@ -49,7 +50,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     @functools.cache
     def make(family: str) -> Path:
         folder = tmp_path_factory.mktemp(family)
-        write(folder, family)
+        if family == "llama":
+            toy_llama(folder, **LLAMA)
+        else:
+            write(folder, family)
         return folder
 
     return make

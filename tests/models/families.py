@@ -50,6 +50,10 @@ V3 = {**LATENT, "num_mtp_layers": 0, "rope_parameters": {**YARN, "mscale": 1.0, 
 GROUPS = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
 
 
+LLAMA = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+"""Of a toy Llama whose heads can be cut in four."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A configuration class of `transformers`, its model class, and what they are told."""

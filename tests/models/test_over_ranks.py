@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.models import rank_jobs
-from tests.models.families import write
+from tests.models.families import LLAMA, write
 from tests.parallel.pool import Pool, started
+from tests.toy import toy_llama
 from tokenspeed.parallel.mesh import Mesh
 
 LAYOUTS = {
@@ -22,10 +23,12 @@ LAYOUTS = {
     "experts dealt and cut": Mesh.of(4, moe_ep=2),
     "attention copied": Mesh.of(2, attn_copies=2),
     "attention copied, experts dealt": Mesh.of(2, attn_copies=2, moe_ep=2),
+    "own tokens": Mesh.of(2, attn_dp=2),
     "own tokens, experts dealt": Mesh.of(2, attn_dp=2, moe_ep=2),
     "own tokens of pairs, everything else over all": Mesh.of(4, attn_dp=2, moe_ep=4, dense_tp=4, vocab_tp=4),
 }
 BY_FAMILY = {
+    "llama": ["cut in two", "cut in four", "attention copied", "own tokens"],
     "qwen3": ["cut in two", "cut in four"],
     "qwen3-moe": ["experts dealt", "experts dealt and cut", "own tokens, experts dealt"],
     "deepseek-v3": list(LAYOUTS),
@@ -52,7 +55,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     @functools.cache
     def make(family: str) -> Path:
         folder = tmp_path_factory.mktemp(family)
-        write(folder, family, num_hidden_layers=2)
+        if family == "llama":
+            toy_llama(folder, **LLAMA)
+        else:
+            write(folder, family, num_hidden_layers=2)
         return folder
 
     return make

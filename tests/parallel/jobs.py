@@ -34,7 +34,7 @@ def asked(world: World, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tenso
 
 
 def agreed(world: World) -> dict[str, object]:
-    """The least of the ranks' numbers, what rank 0 has shared, and what `same` says of equal and of other values."""
+    """The least of the ranks' numbers, what was shared and told, and what `same` says of equal and of other values."""
     world.same("--equal", "α" * 300)
     try:
         world.same("--other", f"value {min(world.rank, 1)}")
@@ -42,8 +42,14 @@ def agreed(world: World) -> dict[str, object]:
     except ConfigError as error:
         said = str(error)
     shared = torch.full((3,), world.rank + 1)
-    world.share(shared)
-    return {"least": world.least(10 - world.rank), "shared": shared.tolist(), "said": said}
+    everyones = world.share(shared).tolist()
+    return {
+        "least": (world.least(10 - world.rank), world.least_by_group(10 - world.rank)),
+        "shared": (shared.tolist(), everyones),
+        "told": world.told(b"of rank %d" % world.rank),
+        "place": (world.num_groups, world.group, world.decides),
+        "said": said,
+    }
 
 
 def heard(world: World, messages: list[bytes]) -> list[bytes]:

@@ -142,4 +142,9 @@ def test_the_server_explains_what_it_would_start_and_ends(folder: Path, capsys: 
     assert lines[0].startswith("DeepseekV3ForCausalLM over 1 rank") and "a step of 24 tokens, captured" in lines
     assert [line.split()[0] for line in lines[-2:]] == ["1", "24"]
     assert serve([*flags, "-tp", "8", "--attn-dp-size", "8", "--moe-ep-size", "8"]) == 0
-    assert "over 8 ranks: attention attn_data 8;" in capsys.readouterr().out.splitlines()[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert "over 8 ranks: attention attn_data 8;" in lines[0]
+    assert "8 groups of ranks, 1 each, have requests and a KV pool of their own" in lines
+    assert lines[-1].split()[0] == "192", "rows of all groups together"
+    assert serve([*flags, "-tp", "8", "--attn-dp-size", "8", "--tps-floor", "50"]) == 2
+    assert "--tps-floor 50 with --attn-dp-size 8" in capsys.readouterr().err

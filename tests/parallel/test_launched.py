@@ -41,11 +41,14 @@ def test_the_launcher_decides_how_many_ranks_there_are() -> None:
 
 
 def test_layouts_that_the_engine_cannot_serve_are_refused_by_their_flags() -> None:
-    assert served_mesh(Parallel(world=4, moe_ep=4, dense_tp=2)).world == 4
+    assert served_mesh(Parallel(world=4, moe_ep=4, dense_tp=2), 50.0).world == 4
     assert served_mesh(Parallel(world=4, attn_copies=2)).size("attn") == 2
     assert served_mesh(Parallel(world=4, attn_tp=1, attn_copies=4)).size("attn_data") == 1
-    for asked in (Parallel(world=4, attn_tp=2), Parallel(world=4, attn_dp=4)):
-        with pytest.raises(ConfigError, match="--attn-dp-size"):
-            served_mesh(asked)
+    for asked in (Parallel(world=4, attn_tp=2), Parallel(world=4, attn_dp=2, attn_copies=2, vocab_tp=1)):
+        assert served_mesh(asked).size("attn_data") == 2
+        with pytest.raises(ConfigError, match="--tps-floor 50 with --attn-dp-size 2"):
+            served_mesh(asked, 50.0)
+    with pytest.raises(ConfigError, match=r"--vocab-tp-size 4 with --attn-dp-size 2.* over the 2 of a group"):
+        served_mesh(Parallel(world=4, attn_dp=2, vocab_tp=4))
     with pytest.raises(ConfigError, match="--moe-ep-size 3 does not divide"):
         served_mesh(Parallel(world=4, moe_ep=3))

@@ -76,9 +76,18 @@ def test_a_rank_that_is_asked_by_nobody_takes_part(pool: Pool) -> None:
 
 
 def test_ranks_agree_or_are_told_which_of_them_differ(pool: Pool) -> None:
-    for answer in pool.over(MESH, jobs.agreed):
-        said = "--other differs between ranks: rank 0 has value 0, rank 1 has value 1"
-        assert answer == {"least": 7, "shared": [1, 1, 1], "said": said}
+    said = "--other differs between ranks: rank 0 has value 0, rank 1 has value 1"
+    whole, dealt = Mesh.of(4), Mesh.of(4, attn_dp=4)
+    for mesh, firsts, least in ((MESH, [0, 2], (9, 7)), (whole, [0], (7,)), (dealt, [0, 1, 2, 3], (10, 9, 8, 7))):
+        for rank, answer in enumerate(pool.over(mesh, jobs.agreed)):
+            group = max(at for at, first in enumerate(firsts) if first <= rank)
+            assert answer == {
+                "least": (7, least),
+                "shared": ([firsts[group] + 1] * 3, [[first + 1] * 3 for first in firsts]),
+                "told": [b"of rank %d" % first for first in firsts],
+                "place": (len(firsts), group, rank in firsts),
+                "said": said,
+            }
 
 
 def test_messages_arrive_in_order_beside_collectives(pool: Pool) -> None:

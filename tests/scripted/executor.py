@@ -152,4 +152,5 @@ def load_scripted(config: EngineConfig, progress: Progress | None = None) -> Loa
     model = ScriptedModel(Script.read(Path(config.model) / SCRIPT), load_text(source))
     executor = ScriptedExecutor(model, limits)
     summary = f"a scripted model; context {CONTEXT}"
-    return LoadedExecutor(executor, limits, CONTEXT, model_config.vocab_size, model_config.eos_token_ids, summary)
+    pools, vocab, eos = (executor.num_blocks,), model_config.vocab_size, model_config.eos_token_ids
+    return LoadedExecutor(executor, pools, limits, CONTEXT, vocab, eos, summary)

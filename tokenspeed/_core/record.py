@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,9 +21,10 @@ from msgspec.msgpack import Ext
 
 from tokenspeed import batch
 from tokenspeed._core import types
+from tokenspeed._core.pools import ControlPlane, Pools
 from tokenspeed._core.scheduler import Scheduler
 from tokenspeed._core.types import Refusal
-from tokenspeed.batch import Outputs, Plan, PlanBuffers
+from tokenspeed.batch import JointBuffers, JointPlan, Outputs, Plan, PlanBuffers
 from tokenspeed.errors import TokenSpeedError
 
 CONSTRUCT = "construct"
@@ -33,7 +34,7 @@ ERRORS = (TokenSpeedError, TypeError, OverflowError, MemoryError)
 LENGTH_BYTES = 4
 MAX_FRAME = 1 << 28
 
-_ARRAY, _RECORD, _BUFFERS = 1, 2, 3
+_ARRAY, _RECORD, _BUFFERS, _JOINT = 1, 2, 3, 4
 
 T = TypeVar("T")
 
@@ -73,7 +74,11 @@ class Answer(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 def _content(value: object) -> Iterator[bytes]:
     """The bytes that make two answers equal."""
-    if isinstance(value, (Plan, Outputs)):
+    if isinstance(value, JointPlan):
+        yield str(value.step).encode()
+        for part in value.parts:
+            yield from _content(part)
+    elif isinstance(value, (Plan, Outputs)):
         for name in _readable(type(value)):
             yield name.encode()
             yield from _content(getattr(value, name))
@@ -100,7 +105,7 @@ def _in_words(value: object) -> str:
             words = f"step {value.step}: {value.num_rows} rows, {value.num_tokens} tokens"
         case Outputs():
             words = f"outputs for requests {value.request_ids.tolist()}"
-        case Scheduler():
+        case Scheduler() | Pools():
             words = f"a scheduler for at most {value.max_length} tokens a request"
         case Refusal():
             words = f"refused: {value.name}"
@@ -123,6 +128,8 @@ def _wrap(value: object) -> object:
     if isinstance(value, np.ndarray):
         header = (value.dtype.str, value.shape, value.flags.c_contiguous, value.tobytes())
         return Ext(_ARRAY, msgspec.msgpack.encode(header))
+    if isinstance(value, JointBuffers):
+        return Ext(_JOINT, msgspec.msgpack.encode([_wrap(part) for part in value.parts]))
     if isinstance(value, PlanBuffers):
         return Ext(_BUFFERS, msgspec.msgpack.encode(_wrap(value.limits)))
     if is_dataclass(value):
@@ -147,6 +154,8 @@ def unwrap(code: int, data: memoryview) -> object:
             return kind(**named)
         case 3:
             return PlanBuffers(content)
+        case 4:
+            return JointBuffers(content)
         case _:
             raise NotARecording(f"unknown kind of argument: {code}")
 
@@ -217,45 +226,66 @@ class Frames:
                 number += 1
 
 
-class RecordingScheduler(Scheduler):
-    """A scheduler whose calls are recorded; those that only look are not. Recording a step costs about 0.1 ms."""
+def _recorded(method: str) -> Any:
+    def call(self: _Recording, *args: Any, **kwargs: Any) -> Any:
+        return self._recorder.record(method, getattr(super(_Recording, self), method), args, kwargs)
+
+    return call
+
+
+class _Recording:
+    """A control plane whose calls are recorded; those that only look are not. Recording a step costs about 0.1 ms.
+
+    Stands before the class whose calls it makes.
+    """
 
     _recorder: Recorder
 
     @classmethod
-    def open(cls, path: Path, **sizes: Any) -> RecordingScheduler:
-        """A new scheduler, `sizes` as for `Scheduler`, recorded to a new file."""
+    def open(cls, path: Path, **sizes: Any) -> Self:
+        """A new one, `sizes` as for the class, recorded to a new file."""
         return cls.through(Journal(path), **sizes)
 
     @classmethod
-    def through(cls, recorder: Recorder, **sizes: Any) -> RecordingScheduler:
-        """A new scheduler whose calls are made by `recorder`."""
-        scheduler: RecordingScheduler = recorder.record(CONSTRUCT, cls, (), sizes)
-        scheduler._recorder = recorder
-        return scheduler
+    def through(cls, recorder: Recorder, **sizes: Any) -> Self:
+        """A new one whose calls are made by `recorder`."""
+        made: Self = recorder.record(CONSTRUCT, cls, (), sizes)
+        made._recorder = recorder
+        return made
 
     def close(self) -> None:
         """Record the state for comparison, and end the recording."""
-        self._recorder.record("dump", super().dump, (), {})
+        _recorded("dump")(self)
         self._recorder.close()
 
-    def submit(self, *args: Any, **kwargs: Any) -> Refusal | None:
-        return self._recorder.record("submit", super().submit, args, kwargs)
+    submit = _recorded("submit")
+    abort = _recorded("abort")
+    finish = _recorded("finish")
+    plan = _recorded("plan")
+    commit = _recorded("commit")
+    land_copies = _recorded("land_copies")
+    drop_cached = _recorded("drop_cached")
 
-    def abort(self, *args: Any, **kwargs: Any) -> bool:
-        return self._recorder.record("abort", super().abort, args, kwargs)
 
-    def finish(self, *args: Any, **kwargs: Any) -> bool:
-        return self._recorder.record("finish", super().finish, args, kwargs)
+class RecordingScheduler(_Recording, Scheduler):
+    """A scheduler that is recorded."""
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan | None:
-        return self._recorder.record("plan", super().plan, args, kwargs)
 
-    def commit(self, *args: Any, **kwargs: Any) -> Outputs:
-        return self._recorder.record("commit", super().commit, args, kwargs)
+class RecordingPools(_Recording, Pools):
+    """Pools that are recorded, as one."""
 
-    def land_copies(self, *args: Any, **kwargs: Any) -> None:
-        return self._recorder.record("land_copies", super().land_copies, args, kwargs)
 
-    def drop_cached(self) -> int:
-        return self._recorder.record("drop_cached", super().drop_cached, (), {})
+Recording = RecordingScheduler | RecordingPools
+
+
+def recorded_through(recorder: Recorder, *, num_blocks: Sequence[int], **sizes: Any) -> Recording:
+    """As `pools.control_plane`, with calls that are made by `recorder`."""
+    if len(num_blocks) == 1:
+        return RecordingScheduler.through(recorder, num_blocks=num_blocks[0], **sizes)
+    return RecordingPools.through(recorder, num_blocks=num_blocks, **sizes)
+
+
+def constructed(call: Call) -> ControlPlane:
+    """What a call of the name `CONSTRUCT` made, anew: it was given the blocks of one pool, or of several."""
+    several = isinstance(call.kwargs.get("num_blocks"), (list, tuple))
+    return (Pools if several else Scheduler)(*call.args, **call.kwargs)

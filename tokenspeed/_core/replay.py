@@ -7,12 +7,14 @@ that the scheduler finds in itself), and with 2 if the file is no recording.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenspeed._core.record import CONSTRUCT, ERRORS, Answer, Call, Frames, NotARecording
+from tokenspeed._core.pools import ControlPlane, Pools
+from tokenspeed._core.record import CONSTRUCT, ERRORS, Answer, Call, Frames, NotARecording, constructed
 from tokenspeed._core.scheduler import Scheduler
 
 METHODS = ("submit", "abort", "finish", "plan", "commit", "land_copies", "drop_cached", "dump")
@@ -36,7 +38,7 @@ class Replayed:
 def replay(path: Path, *, check: bool = False) -> Replayed:
     """Rebuild the scheduler of a recording and make its calls until one answers otherwise. `NotARecording`."""
     frames = Frames(path)
-    scheduler: Scheduler | None = None
+    scheduler: ControlPlane | None = None
     calls = 0
     difference = None
     answered = True
@@ -74,20 +76,20 @@ def _pairs(frames: Iterable[Call | Answer]) -> Iterator[tuple[Call, Answer | Non
         yield call, None
 
 
-def _make(call: Call, scheduler: Scheduler | None) -> tuple[Answer, Scheduler | None]:
-    """The answer to a call, and the scheduler if it was constructed."""
-    method: Callable[..., object]
+def _make(call: Call, scheduler: ControlPlane | None) -> tuple[Answer, ControlPlane | None]:
+    """The answer to a call, and the scheduler, or the pools, if it was constructed."""
+    method: Callable[[], object]
     if scheduler is None:
-        method = Scheduler
+        method = functools.partial(constructed, call)
     elif call.method in METHODS:
-        method = getattr(scheduler, call.method)
+        method = functools.partial(getattr(scheduler, call.method), *call.args, **call.kwargs)
     else:
         raise NotARecording(f"there is no call {call.method!r}")
     try:
-        value: object = method(*call.args, **call.kwargs)
+        value: object = method()
     except ERRORS as error:
         value = error
-    return Answer.of(value), value if isinstance(value, Scheduler) else None
+    return Answer.of(value), value if isinstance(value, Scheduler | Pools) else None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,6 +26,9 @@ cdef extern from "hash.h" namespace "tokenspeed" nogil:
     cdef cppclass Hash:
         pass
 
+    cdef cppclass HashSpan "std::span<const tokenspeed::Hash>":
+        HashSpan(const Hash* data, size_t size)
+
     cdef cppclass ChainHasher:
         ChainHasher(HashKey key)
         Hash root(ByteSpan salt) const
@@ -159,6 +162,10 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         int64_t blocks_offloaded
         int64_t blocks_loaded
 
+    cdef struct Familiarity:
+        cbool session
+        int32_t cached
+
     cdef struct RequestDump:
         int64_t id
         string state
@@ -186,6 +193,7 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         const Sequence* sequence_of(int64_t id) const
         optional[int32_t] cached_tokens(int64_t id) const
         Counters counters() const
+        Familiarity familiarity(HashSpan prompt, int64_t session) except +translate_exception
         bint holds(int64_t id) const
         int32_t num_unfinished() const
         int32_t max_length() const

@@ -3,6 +3,13 @@ from collections.abc import Sequence
 from tokenspeed._core.types import Policy, Refusal, Stats
 from tokenspeed.batch import BatchLimits, Int32Array, Outputs, Plan, PlanBuffers
 
+class PromptHashes:
+    """The hashes of the full blocks of a prompt [P], as `block_hashes` gives them, made once for several schedulers."""
+
+    num_tokens: int
+
+    def __init__(self, key: bytes, salt: bytes, tokens: Int32Array, block_size: int) -> None: ...
+
 class Scheduler:
     """The control plane: which request computes how many tokens in the next step, in which KV blocks.
 
@@ -115,6 +122,10 @@ class Scheduler:
 
     def holds(self, request_id: int) -> bool:
         """Whether a request is unfinished, or has ended but a launched step may still touch its memory."""
+
+    def familiarity(self, prompt: PromptHashes, session: int = 0) -> tuple[bool, int]:
+        """Of a request that has not been submitted: whether the session that it names is known, and how many tokens
+        of its prompt would be prefix hits now. `session` as for `submit`; the hashes are under this scheduler's key."""
 
     def stats(self) -> Stats:
         """The counters, in O(1)."""

@@ -68,6 +68,27 @@ cdef class _Arrays:
         return PyMemoryView_GET_BUFFER(view).buf
 
 
+cdef class PromptHashes:
+    # Documented in scheduler.pyi.
+
+    cdef vector[Hash] hashes
+    cdef readonly int num_tokens
+
+    def __cinit__(self, key, salt, tokens, block_size):
+        cdef const int32_t[::1] view = ids(tokens, "tokens")
+        cdef Py_ssize_t size = whole(block_size, "block_size", 1, MOST)
+        cdef bytes salt_bytes = octets(salt, "salt")
+        cdef unique_ptr[ChainHasher] hasher
+        hasher.reset(new ChainHasher(key_of(key)))
+        cdef Hash chain = hasher.get().root(as_bytes(salt_bytes, len(salt_bytes)))
+        cdef Py_ssize_t block, count = view.shape[0] // size
+        self.num_tokens = view.shape[0]
+        with nogil:
+            for block in range(count):
+                chain = hasher.get().next(chain, TokenSpan(&view[block * size], size))
+                self.hashes.push_back(chain)
+
+
 cdef class Scheduler:
     # Documented in scheduler.pyi.
 
@@ -218,6 +239,11 @@ cdef class Scheduler:
         if not cached.has_value():
             raise Misuse(f"request {id} is unknown, or ended before the last commit")
         return cached.value()
+
+    def familiarity(self, PromptHashes prompt not None, session=0):
+        cdef Familiarity found = self.idle().familiarity(
+            HashSpan(prompt.hashes.data(), prompt.hashes.size()), whole(session, "session", 0, MAX_INT64))
+        return bool(found.session), found.cached
 
     def stats(self):
         cdef Counters now = self.idle().counters()

@@ -29,6 +29,9 @@ class Refusal(enum.IntEnum):
     """The KV cache is full of sessions in use, and the request's own would have to wait too long."""
     FLOOR_OUT_OF_REACH = 9
     """Not even alone could the request keep the floor that it is promised."""
+    NO_PROMISES = 10
+    """Where there are several pools no floor is promised: a pool does not know the prompts of the others, for which its
+    streams wait, too. Only `Pools` say so."""
 
     @property
     def can_retry(self) -> bool:
@@ -66,7 +69,8 @@ class Stats:
     `running` requests are fetching, prefilling or decoding; `draining` ones have left but a launched step may still
     touch their memory; `blocks_used` have a holder, `blocks_cached` are evictable prefix cache; `host_blocks_used` are
     in the second tier. `sessions_waiting` requests belong to sessions that do not fit beside the `sessions_resident`.
-    `prompt_tokens` are those of admitted requests, `cached_prompt_tokens` of these were prefix hits.
+    `prompt_tokens` are those of admitted requests, `cached_prompt_tokens` of these were prefix hits. `pools` are the
+    counters of each pool where there are several.
     """
 
     running: int
@@ -85,3 +89,9 @@ class Stats:
     generated_tokens: int
     blocks_offloaded: int
     blocks_loaded: int
+    pools: tuple[Stats, ...] = ()
+
+    @property
+    def blocks_total(self) -> int:
+        """Blocks on the device."""
+        return self.blocks_free + self.blocks_cached + self.blocks_used

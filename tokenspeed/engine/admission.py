@@ -119,6 +119,11 @@ def as_error(refused: Refused) -> RequestError:
                 "the server's)",
                 param="tps_floor",
             )
+        case "NO_PROMISES":
+            return InvalidRequest(
+                "a server whose groups of ranks have requests of their own (--attn-dp-size) promises no floor",
+                param="tps_floor",
+            )
         case "INVALID":
             return InvalidRequest(f"the engine refused the request: {refused.detail}", param=refused.param)
         case reason:

@@ -19,11 +19,11 @@ from typing import Any, Self, TypeVar
 import msgspec
 import numpy as np
 
-from tokenspeed._core.record import CONSTRUCT, Answer, Call, Recorder, unwrap
-from tokenspeed._core.scheduler import Scheduler
-from tokenspeed.batch import Int32Array, Plan, PlanBuffers, StepResult
+from tokenspeed._core.pools import ControlPlane
+from tokenspeed._core.record import CONSTRUCT, Answer, Call, Recorder, constructed, unwrap
+from tokenspeed.batch import NO_STEP, Int32Array, Plan, PlanBuffers, StepResult
 from tokenspeed.errors import InvariantBroken
-from tokenspeed.executor.interface import Binding, Executor, Flight
+from tokenspeed.executor.interface import Binding, Executor, Flight, Mask
 from tokenspeed.request import SamplingParams
 
 T = TypeVar("T")
@@ -34,21 +34,29 @@ LOOKS = frozenset({"dump"})
 KEEP_ALIVE_SECONDS = 5.0
 """After so long without a frame an empty one is sent: a rank that is gone is noticed by sending."""
 
-NO_STEP = -1
-NO_STOPS: Int32Array = np.zeros(0, dtype=np.int32)
+
+class Bound(msgspec.Struct, array_like=True, frozen=True):
+    """How a newly bound request samples, and whether the rank that decides its tokens is sent masks: see `Binding`."""
+
+    params: SamplingParams
+    seed: int
+    stop_ids: list[int]
+    masked: bool
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True):
     """Calls of the control plane since the last frame, and what rank 0 did then: it launched the plan that the last of
     them gave, of step `step`, or `NO_STEP`.
 
-    `bound` is how the newly bound requests of that plan sample, in the order of its bindings: other ranks do not
-    sample, but what a step computes depends on it, too. `digest` is of the plan, empty unless debugging.
+    `bound` is how the newly bound requests of that plan sample, in the order of its bindings: not every rank samples,
+    but what a step computes depends on it, too. `masks`, if not None, are those of the step that was launched last,
+    where ranks other than 0 decide tokens. `digest` is of the plan, empty unless debugging.
     """
 
     calls: list[Call]
     step: int = NO_STEP
-    bound: list[SamplingParams] = []
+    bound: list[Bound] = []
+    masks: list[bytes | None] | None = None
     digest: bytes = b""
 
 
@@ -60,7 +68,8 @@ class Leader:
     """Rank 0's side: the recorder of its control plane, which tells the other ranks what to do.
 
     `send` blocks and is called from a thread of this object's own; what it raises goes to `lost`, in that thread.
-    `debug` sends a digest of each plan along.
+    `debug` sends a digest of each plan along, `sends_masks` the masks of samples that wait for one: where other ranks
+    decide tokens, too.
     """
 
     def __init__(
@@ -69,8 +78,10 @@ class Leader:
         lost: Callable[[EOFError], None],
         *,
         debug: bool,
+        sends_masks: bool = False,
     ) -> None:
         self._send = send
+        self.sends_masks = sends_masks
         self._lost = lost
         self._recorder: Recorder | None = None
         self._debug = debug
@@ -109,7 +120,16 @@ class Leader:
             self._moved = time.monotonic()
         self._in_flight.append(plan.step)
         digest = Answer.of(plan).digest if self._debug else b""
-        self._flush(Frame(self._calls, plan.step, [binding.params for binding in bindings], digest))
+        bound = [
+            Bound(each.params, each.seed, each.stop_ids.tolist(), each.masked and self.sends_masks)
+            for each in bindings
+        ]
+        self._flush(Frame(self._calls, plan.step, bound, None, digest))
+
+    def masks(self, masks: Sequence[Mask]) -> None:
+        """These were given to the step that was launched last."""
+        told = [None if mask is None else mask.tobytes() for mask in masks]
+        self._flush(Frame(self._calls, masks=told))
 
     def stuck(self, seconds: float) -> int | None:
         """The step in flight that should have landed if no step has for so many seconds, else None."""
@@ -160,7 +180,23 @@ class LeadingExecutor:
 
     def launch(self, plan: Plan, bindings: Sequence[Binding]) -> Flight:
         self._leader.launches(plan, bindings)
-        return self._executor.launch(plan, bindings)
+        flight = self._executor.launch(plan, bindings)
+        return _LeadingFlight(flight, self._leader) if flight.masked and self._leader.sends_masks else flight
+
+
+class _LeadingFlight:
+    """A step whose masks are for other ranks, too."""
+
+    __slots__ = ("_flight", "_leader", "masked", "tokens")
+
+    def __init__(self, flight: Flight, leader: Leader) -> None:
+        self._flight, self._leader = flight, leader
+        self.masked = flight.masked
+        self.tokens = flight.tokens
+
+    def mask(self, masks: Sequence[Mask]) -> None:
+        self._leader.masks(masks)
+        self._flight.mask(masks)
 
 
 class Follower:
@@ -173,14 +209,15 @@ class Follower:
     def __init__(self, executor: Executor, *, debug: bool) -> None:
         self._executor = executor
         self._debug = debug
-        self._made: Scheduler | None = None
+        self._made: ControlPlane | None = None
         self._flights: deque[tuple[int, asyncio.Task[StepResult]]] = deque()
+        self._last: Flight | None = None
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._buffers = deque(executor.new_buffers() for _ in range(2))  # as many steps as can be in flight
         self._planned: Plan | None = None
 
     @property
-    def core(self) -> Scheduler:
+    def core(self) -> ControlPlane:
         """This rank's control plane, which the first frame makes."""
         if self._made is None:
             raise InvariantBroken("rank 0 uses a control plane that it has not made")
@@ -195,12 +232,14 @@ class Follower:
         plan = self._planned
         if (NO_STEP if plan is None else plan.step) != frame.step:
             raise InvariantBroken(f"rank 0 launches step {frame.step}, this rank plans {plan and plan.step}")
+        if frame.masks is not None and self._last is not None:
+            self._last.mask([None if mask is None else np.frombuffer(mask, np.int32) for mask in frame.masks])
         if plan is None:
             return
         if frame.digest and Answer.of(plan).digest != frame.digest:
             raise InvariantBroken(f"step {plan.step}: this rank's plan is not rank 0's")
         self._buffers.rotate()
-        flight = self._executor.launch(plan, self._bindings(plan, frame.bound))
+        flight = self._last = self._executor.launch(plan, self._bindings(plan, frame.bound))
         landing = asyncio.create_task(_landing(flight))
         landing.add_done_callback(self._look)
         self._flights.append((plan.step, landing))
@@ -208,7 +247,7 @@ class Follower:
     async def _make(self, call: Call) -> None:
         args, kwargs = call.args, call.kwargs
         if call.method == CONSTRUCT:
-            self._made = Scheduler(*args, **kwargs)
+            self._made = constructed(call)
             return
         if call.method == "plan":
             self._planned = self.core.plan(args[0], self._buffers[0])
@@ -234,11 +273,12 @@ class Follower:
         if not landing.cancelled() and (error := landing.exception()) is not None and not self.broken.done():
             self.broken.set_exception(error)
 
-    def _bindings(self, plan: Plan, bound: list[SamplingParams]) -> list[Binding]:
+    def _bindings(self, plan: Plan, bound: list[Bound]) -> list[Binding]:
         bindings = []
-        for request_id, params in zip(plan.bound_ids.tolist(), bound, strict=True):
+        for request_id, each in zip(plan.bound_ids.tolist(), bound, strict=True):
             tokens, prompt_len = self.core.tokens_of(request_id)
-            bindings.append(Binding(params, tokens, prompt_len, 0, NO_STOPS))
+            stop_ids = np.array(each.stop_ids, dtype=np.int32)
+            bindings.append(Binding(each.params, tokens, prompt_len, each.seed, stop_ids, each.masked))
         return bindings
 
 

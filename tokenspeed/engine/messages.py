@@ -15,6 +15,15 @@ from tokenspeed.request import TokenLogprob
 from tokenspeed.text.grammars.vocabulary import Vocabulary
 
 
+class PoolStats(msgspec.Struct, frozen=True, array_like=True):
+    """Requests and blocks of one KV pool as they are now."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of the engine: requests and blocks as they are now, the rest since the start.
 
@@ -22,6 +31,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     and `slowest_abort_steps` are the longest that an aborted one kept it. `sessions_waiting` requests belong to
     sessions that do not fit beside the `sessions_resident`. `refusals` counts by the reason, a `Refusal`'s name
     in lower case. `streams_below_floor` had fewer tokens in the last second than their floor, as of the last heartbeat.
+    `pools` are those of each pool, where groups of ranks have pools of their own.
     """
 
     running: int = 0
@@ -43,6 +53,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_aborts: int = 0
     slowest_abort_seconds: float = 0.0
     slowest_abort_steps: int = 0
+    pools: list[PoolStats] = []
 
 
 class Start(msgspec.Struct, tag="start", frozen=True):

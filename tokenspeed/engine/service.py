@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenspeed._core import Misuse, Policy, Refusal, Scheduler
-from tokenspeed._core.record import Journal, Recorder, RecordingScheduler
+from tokenspeed._core import Misuse, Policy, Refusal
+from tokenspeed._core.pools import ControlPlane, control_plane
+from tokenspeed._core.record import Journal, Recorder, Recording, recorded_through
 from tokenspeed.config import STEERED_FLOOR, EngineConfig
 from tokenspeed.engine.daemon import in_daemon_thread
 from tokenspeed.engine.grammars import Grammars
@@ -128,7 +129,7 @@ class EngineService:
         self._world: World | None = None
         self._loop: StepLoop | None = None
         self._executor: Executor | None = None
-        self._recording: RecordingScheduler | None = None
+        self._recording: Recording | None = None
         self._serving: asyncio.Task[None] | None = None
         self._helpers: list[asyncio.Task[None]] = []
         self._grammars = Grammars()
@@ -174,7 +175,7 @@ class EngineService:
 
     async def _load(self, progress: Progress) -> LoadedExecutor:
         """An executor, and with it this rank's place among the others."""
-        if served_mesh(self._config.parallel).world == 1:
+        if served_mesh(self._config.parallel, self._config.tps_floor).world == 1:
             return await asyncio.to_thread(load_executor, self._config, progress)
         level, style = self._log_style
         ranks = self._ranks = await Ranks.start(
@@ -193,7 +194,8 @@ class EngineService:
         debug = os.environ.get("TOKENSPEED_DEBUG") == "1"
         executor, leader = loaded.executor, None
         if self._ranks is not None and loaded.world is not None:
-            leader = Leader(loaded.world.send, self._ranks.lose_soon, debug=debug)
+            several = len(loaded.pool_blocks) > 1
+            leader = Leader(loaded.world.send, self._ranks.lose_soon, debug=debug, sends_masks=several)
             self._ranks.watch_steps(leader.stuck, self._config.watchdog_seconds)
             executor = LeadingExecutor(executor, leader)
         return StepLoop(
@@ -208,9 +210,9 @@ class EngineService:
             debug=debug,
         )
 
-    def _control_plane(self, loaded: LoadedExecutor, leader: Leader | None) -> Scheduler:
+    def _control_plane(self, loaded: LoadedExecutor, leader: Leader | None) -> ControlPlane:
         sizes: dict[str, Any] = {
-            "num_blocks": loaded.executor.num_blocks,
+            "num_blocks": loaded.pool_blocks,
             "limits": loaded.limits,
             "max_model_len": loaded.max_model_len,
             "max_queued": self._config.max_queued_requests,
@@ -220,7 +222,7 @@ class EngineService:
         }
         path = self._config.record
         if path is None and leader is None:
-            return Scheduler(**sizes)
+            return control_plane(**sizes)
         recorder: Recorder | None = leader
         with _naming_record(path or ""):
             if path is not None:
@@ -228,7 +230,7 @@ class EngineService:
                 log.warning("every call of the control plane, prompts included, is recorded in %s", path)
                 recorder = journal if leader is None else leader.through(journal)
             assert recorder is not None
-            self._recording = RecordingScheduler.through(recorder, **sizes)
+            self._recording = recorded_through(recorder, **sizes)
         return self._recording
 
     def handle(self, message: ToEngine) -> None:

@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 
 from tokenspeed._core import Refusal
-from tokenspeed._core.scheduler import Scheduler
+from tokenspeed._core.pools import ControlPlane
 from tokenspeed.batch import Finish, Int32Array, Logprobs, Plan, StepResult
 from tokenspeed.engine.grammars import Constraint, Grammars
-from tokenspeed.engine.messages import ChoiceTokens, EngineStats, Submit
+from tokenspeed.engine.messages import ChoiceTokens, EngineStats, PoolStats, Submit
 from tokenspeed.engine.moves import Moves
 from tokenspeed.engine.observe import Pace, StepHistograms
 from tokenspeed.engine.step_timer import StepTimer
@@ -84,7 +84,7 @@ class StepLoop:
 
     def __init__(
         self,
-        core: Scheduler,
+        core: ControlPlane,
         executor: Executor,
         *,
         overlap: int,
@@ -354,7 +354,7 @@ class StepLoop:
             running=core.running,
             waiting=core.waiting,
             draining=core.draining,
-            blocks_total=core.blocks_free + core.blocks_cached + core.blocks_used,
+            blocks_total=core.blocks_total,
             blocks_used=core.blocks_used,
             blocks_cached=core.blocks_cached,
             host_blocks_used=core.host_blocks_used,
@@ -370,6 +370,7 @@ class StepLoop:
             num_aborts=self._aborts.count,
             slowest_abort_seconds=self._aborts.slowest_seconds,
             slowest_abort_steps=self._aborts.slowest_steps,
+            pools=[PoolStats(pool.running, pool.waiting, pool.blocks_total, pool.blocks_used) for pool in core.pools],
         )
 
     def look(self) -> None:

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print("\n".join(explained_engine(config.engine)))
             return 0
-        served_mesh(config.engine.parallel)
+        served_mesh(config.engine.parallel, config.engine.tps_floor)
         place = Place.launched(os.environ)
         if place is not None and place.rank > 0:
             from tokenspeed.engine.rank import run_launched  # noqa: PLC0415

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from tokenspeed.engine.lane import Gaps
+from tokenspeed.engine.messages import PoolStats
 from tokenspeed.engine.observe import Histogram
 
 if TYPE_CHECKING:
@@ -99,6 +100,21 @@ class Metrics(Collector):
             ("prompt_memory_bytes", "Texts and ids of earlier prompts and answers", self._engine.memory_stats().bytes),
         ):  # fmt: skip
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
+        yield from self._of_pools(stats.pools)
+
+    @staticmethod
+    def _of_pools(pools: list[PoolStats]) -> Iterator[Metric]:
+        """Where groups of ranks have pools of their own."""
+        for name, text, values in (
+            ("pool_requests_running", "Choices that have a slot", [pool.running for pool in pools]),
+            ("pool_requests_waiting", "Choices that wait for one", [pool.waiting for pool in pools]),
+            ("pool_usage_perc", "Share of its KV blocks that running requests hold, 0 to 1",
+             [pool.blocks_used / pool.blocks_total for pool in pools]),
+        ):  # fmt: skip
+            family = GaugeMetricFamily(PREFIX + name, f"{text}, by the pool of a group of ranks", labels=["pool"])
+            for number, value in enumerate(values):
+                family.add_metric([str(number)], value)
+            yield family
 
     def _counters(self) -> Iterator[Metric]:
         stats = self._engine.stats()

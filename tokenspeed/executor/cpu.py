@@ -33,7 +33,8 @@ from tokenspeed.batch import (
 from tokenspeed.errors import InvariantBroken
 from tokenspeed.executor import logprobs
 from tokenspeed.executor.device_step import Model
-from tokenspeed.executor.interface import Binding, Flight, Mask, Peers
+from tokenspeed.executor.interface import Beside, Binding, Flight, Mask, Peers
+from tokenspeed.executor.joint import told_by_all
 from tokenspeed.executor.masks import AwaitedMasks, MaskedSlots, checked
 from tokenspeed.executor.prompt_scores import PromptScores
 from tokenspeed.executor.sampler import Sampled, Sampler
@@ -68,7 +69,7 @@ class CpuExecutor:
 
     `num_threads` is the number of threads torch computes with, in this whole process. The KV cache is
     zero pages of the system until it is written, and never holds what another program left behind. With `peers` the
-    model is one rank's, and all ranks have the same tokens.
+    model is one rank's, and all ranks have the same tokens; `launch` is told what lies `beside` the rows of its group.
     """
 
     def __init__(
@@ -97,15 +98,15 @@ class CpuExecutor:
     def num_blocks(self) -> int:
         return self._num_blocks
 
-    def launch(self, plan: Plan, bindings: Sequence[Binding]) -> Flight:
-        """Queue one step. Raises `InvariantBroken` after `close`."""
+    def launch(self, plan: Plan, bindings: Sequence[Binding], beside: Beside | None = None) -> Flight:
+        """Queue one step; its tokens are those of all groups. Raises `InvariantBroken` after `close`."""
         if self._closed:
             raise InvariantBroken("a step was launched on a closed executor")
         landed: Future[StepResult] = Future()
         landed.set_running_or_notify_cancel()
         masked = self._masked.launched(plan, bindings)
         masks = self._awaited = AwaitedMasks() if masked else None
-        self._queue.put(_Launch(plan, bindings, landed, masks))
+        self._queue.put(_Launch(plan, bindings, beside or Beside.alone(plan), landed, masks))
         return CpuFlight(landed, masked, masks)
 
     def new_buffers(self) -> PlanBuffers:
@@ -127,7 +128,7 @@ class CpuExecutor:
             if failure is None:
                 # Whatever a step raises belongs to whoever awaits its flight, and to every flight after it.
                 try:
-                    result = self._device.run(launch.plan, launch.bindings, launch.masks)
+                    result = self._device.run(launch.plan, launch.bindings, launch.beside, launch.masks)
                 except BaseException as error:
                     failure = error
                 else:
@@ -140,6 +141,7 @@ class CpuExecutor:
 class _Launch:
     plan: Plan
     bindings: Sequence[Binding]
+    beside: Beside
     landed: Future[StepResult]
     masks: AwaitedMasks | None
 
@@ -173,13 +175,15 @@ class _Device:
         self._prompt_scores: dict[int, PromptScores] = {}
 
     @torch.inference_mode()
-    def run(self, plan: Plan, bindings: Sequence[Binding], masks: AwaitedMasks | None) -> StepResult:
+    def run(
+        self, plan: Plan, bindings: Sequence[Binding], beside: Beside, masks: AwaitedMasks | None
+    ) -> StepResult:
         start = time.perf_counter()
         self._update_slots(plan, bindings)
-        if plan.num_rows == 0:
+        if not beside.rows:
             return _result(plan, StepTimes(time.perf_counter() - start, 0.0))
         slots = plan.row_slot.astype(np.int64)
-        hidden = self._model.forward(self._inputs(plan, slots), self._kv)
+        hidden = self._model.forward(self._inputs(plan, slots, beside), self._kv)
         sample_rows = plan.sample_rows
         last = torch.from_numpy(np.cumsum(plan.row_new, dtype=np.int64)[sample_rows] - 1)
         logits = self._model.logits(hidden[last]) if plan.num_samples else None
@@ -187,8 +191,9 @@ class _Device:
         scores = self._score_prompts(plan, slots, hidden)
         self._length[slots] += plan.row_new
         given = () if masks is None else masks.wait()
-        sampled = None if logits is None else self._sample(logits, slots[sample_rows], given)
-        return _result(plan, StepTimes(computed - start, time.perf_counter() - computed), sampled, scores)
+        sampled = self._sample(logits, slots[sample_rows], given, beside) if any(beside.samples) else None
+        result = _result(plan, StepTimes(computed - start, time.perf_counter() - computed), sampled, scores)
+        return result if self._peers is None or not beside.tells else told_by_all(result, beside, self._peers)
 
     def _update_slots(self, plan: Plan, bindings: Sequence[Binding]) -> None:
         """Releases, then bindings, then table deltas: a slot may change hands within one plan."""
@@ -215,8 +220,8 @@ class _Device:
         if (scores := PromptScores.of(binding)) is not None:
             self._prompt_scores[slot] = scores
 
-    def _inputs(self, plan: Plan, slots: Int64Array) -> ForwardInput:
-        """The plan and the device's state as arguments of a forward pass."""
+    def _inputs(self, plan: Plan, slots: Int64Array, beside: Beside) -> ForwardInput:
+        """The plan and the device's state as arguments of a forward pass; no rows where only other groups have any."""
         computed = self._length[slots]
         computed = np.where(computed == UNMAPPED, plan.row_computed, computed)
         if not np.array_equal(computed, plan.row_computed):
@@ -231,11 +236,11 @@ class _Device:
         on_device = token_ids == ON_DEVICE
         token_ids[on_device] = self._last_token[slots[row_of[on_device]]]
         kv_len = computed + new
-        columns = -(-int(kv_len.max()) // self._block_size)
+        columns = -(-int(kv_len.max(initial=0)) // self._block_size)
         block_table = self._block_table[slots, :columns]
         block, offset = np.divmod(positions, self._block_size)
         blocks = block_table[row_of, block].astype(np.int64)
-        if blocks.min() < 0:
+        if blocks.min(initial=0) < 0:
             raise InvariantBroken(f"step {plan.step} computes tokens that have no block")
         return ForwardInput(
             token_ids=torch.from_numpy(token_ids),
@@ -248,24 +253,22 @@ class _Device:
             query_lens=tuple(new.tolist()),
             kv_lens=tuple(kv_len.tolist()),
             block_size=self._block_size,
+            padded_tokens=beside.tokens,
         )
 
-    def _sample(self, logits: torch.Tensor, slots: Int64Array, masks: Sequence[Mask]) -> Sampled:
-        if self._peers is None:
-            sampled = self._sampler.sample(logits, slots, self._length[slots], masks)
-        else:
-            sampled = self._decide(self._peers, logits, slots, masks)
-        # A row without a token ends; the step already launched behind it reads a harmless id instead.
-        self._last_token[slots] = np.maximum(sampled.tokens, 0)
-        return sampled
-
-    def _decide(self, peers: Peers, logits: torch.Tensor, slots: Int64Array, masks: Sequence[Mask]) -> Sampled:
-        """As the sampler does, on rank 0; the others get its tokens."""
+    def _sample(
+        self, logits: torch.Tensor | None, slots: Int64Array, masks: Sequence[Mask], beside: Beside
+    ) -> Sampled:
+        """A token for each sample of all groups; `logits` are None where this rank's has none."""
         sampled = Sampled(np.zeros(len(slots), dtype=np.int32), None)
-        if peers.rank == 0:
+        if logits is not None and (self._peers is None or self._peers.decides):
             sampled = self._sampler.sample(logits, slots, self._length[slots], masks)
-        peers.share(torch.from_numpy(sampled.tokens))
-        return sampled
+        own, everyone = sampled.tokens, sampled.tokens
+        if self._peers is not None:
+            own, everyone = _shared(sampled.tokens, beside, self._peers)
+        # A row without a token ends; the step already launched behind it reads a harmless id instead.
+        self._last_token[slots] = np.maximum(own, 0)
+        return Sampled(everyone, sampled.logprobs)
 
     def _score_prompts(self, plan: Plan, slots: Int64Array, hidden: torch.Tensor) -> dict[int, Logprobs]:
         """Each chunk's scores of the prompt tokens that follow its positions, for the rows that asked."""
@@ -293,13 +296,23 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
+def _shared(tokens: Int32Array, beside: Beside, peers: Peers) -> tuple[Int32Array, Int32Array]:
+    """The tokens that were decided for the samples of this rank's group, and for those of all, group after group."""
+    padded: Int32Array = np.zeros(max(beside.samples), dtype=np.int32)
+    padded[: len(tokens)] = tokens
+    everyone = peers.share(torch.from_numpy(padded)).numpy()
+    parts = [row[:count] for row, count in zip(everyone, beside.samples, strict=True)]
+    return padded[: len(tokens)], np.concatenate(parts)
+
+
 def _result(
     plan: Plan, times: StepTimes, sampled: Sampled | None = None, scores: dict[int, Logprobs] | None = None
 ) -> StepResult:
+    tokens = np.zeros(0, dtype=np.int32) if sampled is None else sampled.tokens
     return StepResult(
         step=plan.step,
-        tokens=np.zeros((0, 1), dtype=np.int32) if sampled is None else sampled.tokens[:, None],
-        num_tokens=np.ones(plan.num_samples, dtype=np.int32),
+        tokens=tokens[:, None],
+        num_tokens=np.ones(len(tokens), dtype=np.int32),
         logprobs=None if sampled is None else sampled.logprobs,
         prompt_logprobs=scores or {},
         times=times,

@@ -45,8 +45,8 @@ class StepOps:
 
 
 class DeviceStep:
-    """`plan` is where steps arrive on the device, `results` [2, R] int32 where they leave the tokens of the samples
-    and the faults of the rows.
+    """`plan` is where steps arrive on the device, `results` [1 + G, R] int32 where they leave the faults of this rank's
+    rows, and the tokens of the samples of each group in turn (one, unless `peers` say otherwise).
 
     Rows and samples are numbers of rows including padding: rows of slot `tables.padding` with no new token, and
     samples of slot −1.
@@ -68,8 +68,9 @@ class DeviceStep:
         self._starts = self._counting[: limits.max_rows + 1].int()
         self._hidden: torch.Tensor | None = None
         self._max_rows = limits.max_rows
-        self.results = torch.zeros(2, limits.max_rows, dtype=torch.int32, device=tables.device)
-        self._tokens, self._faults = self.results
+        groups, group = (1, 0) if peers is None else (peers.num_groups, peers.group)
+        self.results = torch.zeros(1 + groups, limits.max_rows, dtype=torch.int32, device=tables.device)
+        self._faults, self._everyones, self.tokens = self.results[0], self.results[1:], self.results[1 + group]
 
     def decode(self, rows: int) -> None:
         """Hidden states of `rows` rows of at most one new token each, for a `head` of as many samples."""
@@ -93,10 +94,16 @@ class DeviceStep:
         self._keep(self._model.forward(inputs, self._kv), rows)
 
     def prefill(
-        self, num_decode: int, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], samples: int
+        self,
+        num_decode: int,
+        query_lens: tuple[int, ...],
+        kv_lens: tuple[int, ...],
+        samples: int,
+        padded_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Rows of any number of new tokens, `num_decode` rows of one first. Hidden states of all tokens [T, H]."""
-        inputs = self._inputs(num_decode, query_lens, kv_lens)
+        """Rows of any number of new tokens, `num_decode` rows of one first. Hidden states of all tokens [T, H].
+        `padded_tokens` as in `ForwardInput`."""
+        inputs = self._inputs(num_decode, query_lens, kv_lens, padded_tokens)
         hidden = self._model.forward(inputs, self._kv)
         self._keep(hidden, samples)
         return hidden
@@ -107,14 +114,16 @@ class DeviceStep:
         return self._model.logits(self._hidden[:samples])
 
     def choose(self, logits: torch.Tensor) -> None:
-        """Sample a token for each row of `logits` [S, V], which are overwritten, into `results`; with `peers` rank 0
-        does, and all ranks have its tokens."""
-        slots, tokens = self._plan.sample_slot[: len(logits)], self._tokens[: len(logits)]
-        if self._peers is None or self._peers.rank == 0:
+        """Sample a token for each row of `logits` [S, V], which are overwritten, into `results`; with `peers` the first
+        rank of a group does, and all ranks have its tokens. S is the same in all groups."""
+        slots, tokens = self._plan.sample_slot[: len(logits)], self.tokens[: len(logits)]
+        if self._peers is None or self._peers.decides:
             tokens.copy_(self._ops.sample(logits, slots, self._tables.state))
         if self._peers is not None:
-            self._peers.share(tokens)
-            if self._peers.rank != 0:
+            everyones = self._peers.share(tokens)
+            if len(everyones) > 1:
+                self._everyones[:, : len(logits)] = everyones
+            if not self._peers.decides:
                 at = torch.where(slots < 0, self._tables.padding, slots).long()
                 self._tables.state.last_token[at] = tokens.clamp(min=0).long()
 
@@ -125,10 +134,12 @@ class DeviceStep:
     def _keep(self, hidden: torch.Tensor, samples: int) -> None:
         if self._hidden is None:
             self._hidden = torch.zeros(self._max_rows, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-        at = self._plan.sample_token[:samples]
-        torch.index_select(hidden, 0, at, out=self._hidden[:samples])
+        if len(hidden):  # else only other groups have rows
+            torch.index_select(hidden, 0, self._plan.sample_token[:samples], out=self._hidden[:samples])
 
-    def _inputs(self, num_decode: int, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> ForwardInput:
+    def _inputs(
+        self, num_decode: int, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], padded_tokens: int | None
+    ) -> ForwardInput:
         """As `decode_inputs`, for rows of any number of tokens."""
         plan, state, size = self._plan, self._tables.slots, self._block_size
         rows, tokens = len(query_lens), sum(query_lens)
@@ -158,4 +169,5 @@ class DeviceStep:
             query_lens=query_lens,
             kv_lens=kv_lens,
             block_size=size,
+            padded_tokens=padded_tokens,
         )

@@ -24,7 +24,8 @@ from tokenspeed.batch import BatchLimits, Int64Array, Plan, StepResult, StepTime
 from tokenspeed.errors import InvariantBroken
 from tokenspeed.executor.device_step import DeviceStep, Model, StepOps
 from tokenspeed.executor.graphs import Graphs, buckets
-from tokenspeed.executor.interface import Binding, Flight, Mask, Peers
+from tokenspeed.executor.interface import Beside, Binding, Flight, Mask, Peers
+from tokenspeed.executor.joint import told_by_all
 from tokenspeed.executor.logprobs import DeviceLogprobs, joined, pick_on_device, score_on_device, spread
 from tokenspeed.executor.masks import MaskedSlots, checked
 from tokenspeed.executor.prompt_scores import PromptScores
@@ -66,7 +67,8 @@ class GpuExecutor:
     """Runs plans against `model` with the KV cache `kv`, all on `target`'s device.
 
     `capture` must be called before the first step if decode steps are to be graphs. With `peers` the model is one
-    rank's; all ranks warm up, capture and launch in the same order.
+    rank's; all ranks warm up, capture and launch in the same order, and `launch` is told what lies `beside` the rows of
+    this rank's group.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class GpuExecutor:
         self._limits = limits
         self._device = device
         self._vocab_size = vocab_size
+        self._peers = peers
         self._tables = SlotTables(limits, vocab_size, device)
         self._plan = DevicePlan(self.new_buffers(), device)
         self._step = DeviceStep(model, kv, self._plan, self._tables, limits, step_ops, peers)
@@ -105,7 +108,8 @@ class GpuExecutor:
         return self._num_blocks
 
     def new_buffers(self) -> Staging:
-        return Staging(self._limits, self._vocab_size, self._device)
+        groups = 1 if self._peers is None else self._peers.num_groups
+        return Staging(self._limits, self._vocab_size, self._device, groups)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -135,9 +139,9 @@ class GpuExecutor:
         torch.cuda.synchronize(self._device)
         return time.perf_counter() - start
 
-    def launch(self, plan: Plan, bindings: Sequence[Binding]) -> Flight:
-        """Enqueue one step, up to its samples if these wait for masks. Raises `InvariantBroken` after `close`, and
-        where a step still waits."""
+    def launch(self, plan: Plan, bindings: Sequence[Binding], beside: Beside | None = None) -> Flight:
+        """Enqueue one step, up to its samples if these wait for masks; its tokens are those of all groups. Raises
+        `InvariantBroken` after `close`, and where a step still waits."""
         if self._closed or self._waiting is not None:
             raise InvariantBroken("a step was launched on an executor that is closed, or waits for masks")
         landed: Future[StepResult] = Future()
@@ -145,7 +149,7 @@ class GpuExecutor:
         masked = self._masked.launched(plan, bindings)
         # What enqueueing raises belongs to whoever awaits the flight, and to every flight after it.
         try:
-            launched = self._enqueue(plan, bindings)
+            launched = self._enqueue(plan, bindings, beside or Beside.alone(plan))
         except BaseException as error:
             self._queue.put((error, landed))
             return GpuFlight(landed, (), lambda _: None)
@@ -191,19 +195,19 @@ class GpuExecutor:
             landed.set_exception(failure)
 
     @torch.inference_mode()
-    def _enqueue(self, plan: Plan, bindings: Sequence[Binding]) -> _Landing:
+    def _enqueue(self, plan: Plan, bindings: Sequence[Binding], beside: Beside) -> _Landing:
         staging = plan.buffers
         if not isinstance(staging, Staging):
             raise InvariantBroken("a plan was filled into buffers that are not this executor's")
-        landing, clock = _Landing(plan, staging), staging.clock
+        landing, clock = _Landing(plan, staging, beside, self._peers), staging.clock
         bound = [(slot, bindings[at]) for slot, at in plan.bound.tolist()]
-        samples = self._fill(plan, staging, bound)
+        samples = self._fill(plan, staging, bound, beside)
         clock.start()
         self._plan.receive(staging)
         self._update_slots(plan, bound)
-        if plan.num_rows:
+        if beside.rows:
             scored = self._scored(plan)
-            hidden = self._forward(plan, samples, whole=bool(scored))
+            hidden = self._forward(plan, samples, beside, whole=beside.whole or bool(scored))
             clock.mark()
             for row, (targets, k) in scored.items():
                 landing.prompt_logprobs[row] = self._score(plan, row, hidden, targets, k)
@@ -217,27 +221,27 @@ class GpuExecutor:
         if masked:
             staging.set_masks(masked, masks)
             self._tables.set_masks(staging, len(masked))
-        if plan.num_samples:
+        if any(landing.beside.samples):
             self._head(plan, landing.samples, landing)
-        if plan.num_rows:
+        if landing.beside.rows:
             staging.results.copy_(self._step.results, non_blocking=True)
         staging.clock.mark()
 
-    def _fill(self, plan: Plan, staging: Staging, bound: list[tuple[int, Binding]]) -> int:
-        """Complete the step's host memory, padding included. The number of samples with padding."""
+    def _fill(self, plan: Plan, staging: Staging, bound: list[tuple[int, Binding]], beside: Beside) -> int:
+        """Complete the step's host memory, padding included. The number of samples with padding, that of any group."""
         self._check(plan)
         for at, (slot, binding) in enumerate(bound):
             self._tables.write_record(staging, at, slot, binding)
-        rows, sampled = plan.num_rows, plan.num_samples
-        if self._is_decode(plan):
-            size = self._graphs.size(rows)
+        rows, sampled, most = plan.num_rows, plan.num_samples, max(beside.samples)
+        if beside.decode:
+            size = self._graphs.size(beside.rows)
             staging.num_rows[0] = rows
             staging.row_slot[rows:size] = self._tables.padding
             staging.row_new[rows:size] = 0
             staging.row_computed[rows:size] = 0
             staging.token_ids[rows:size] = 0
         else:
-            size = self._graphs.size(sampled) if sampled else 0
+            size = self._graphs.size(most) if most else 0
         staging.sample_slot[:sampled] = plan.row_slot[plan.sample_rows]
         staging.sample_slot[sampled:size] = -1
         staging.sample_token[:sampled] = np.cumsum(plan.row_new)[plan.sample_rows] - 1
@@ -250,10 +254,6 @@ class GpuExecutor:
         blocks = plan.table_delta[:, 2]
         if plan.num_deltas and not 0 <= blocks.min() <= blocks.max() < self._num_blocks:
             raise InvariantBroken(f"step {plan.step} names a block outside the {self._num_blocks} of the cache")
-
-    @staticmethod
-    def _is_decode(plan: Plan) -> bool:
-        return 0 < plan.num_rows == plan.num_decode
 
     def _update_slots(self, plan: Plan, bound: list[tuple[int, Binding]]) -> None:
         """Releases, then bindings, then table deltas: a slot may change hands within one plan."""
@@ -269,15 +269,15 @@ class GpuExecutor:
         if plan.num_deltas:
             self._tables.map_blocks(self._plan.table_delta[: plan.num_deltas])
 
-    def _forward(self, plan: Plan, samples: int, *, whole: bool) -> torch.Tensor | None:
-        """Compute the rows. All their hidden states [T, H] if `whole` or not all rows decode, else None."""
-        if self._is_decode(plan) and not whole:
+    def _forward(self, plan: Plan, samples: int, beside: Beside, *, whole: bool) -> torch.Tensor | None:
+        """Compute the rows. All their hidden states [T, H] if `whole`, or if not all rows of all groups decode, else
+        None."""
+        if beside.decode and not whole:
             self._graphs.decode(samples)
             return None
         new = plan.row_new
-        return self._step.prefill(
-            plan.num_decode, tuple(new.tolist()), tuple((plan.row_computed + new).tolist()), samples
-        )
+        kv_lens = tuple((plan.row_computed + new).tolist())
+        return self._step.prefill(plan.num_decode, tuple(new.tolist()), kv_lens, samples, beside.tokens)
 
     def _head(self, plan: Plan, samples: int, landing: _Landing) -> None:
         slots = plan.row_slot[plan.sample_rows]
@@ -298,7 +298,7 @@ class GpuExecutor:
             self._tables.bad_words[slot].append(self._tables.state.last_token[slot : slot + 1])
         if raw is not None and rows is not None:
             k = int(self._tables.num_logprobs[slots[scored]].max())
-            tokens = self._step.results[0, rows].long().clamp(min=0)
+            tokens = self._step.tokens[rows].long().clamp(min=0)
             landing.logprobs = (scored, pick_on_device(raw, tokens, k))
 
     def _scored(self, plan: Plan) -> dict[int, tuple[Int64Array, int]]:
@@ -336,6 +336,8 @@ class _Landing:
 
     plan: Plan
     staging: Staging
+    beside: Beside
+    peers: Peers | None
     samples: int = 0
     logprobs: tuple[Int64Array, DeviceLogprobs] | None = None
     prompt_logprobs: dict[int, list[DeviceLogprobs]] = field(default_factory=dict)
@@ -344,22 +346,25 @@ class _Landing:
         """Wait for the step, and read what it gave. Raises what the device found wrong with it."""
         plan = self.plan
         forward, *sample = self.staging.clock.wait()
-        tokens, faults = self.staging.results.numpy()
+        faults, *groups = self.staging.results.numpy()
         if fault := int(np.bitwise_or.reduce(faults[: plan.num_rows], initial=0)):
             found = "; ".join(text for bit, text in FAULTS.items() if fault & bit)
             raise InvariantBroken(f"step {plan.step}: {found}")
-        tokens = tokens[: plan.num_samples].copy()
+        counts = self.beside.samples
+        tokens = np.concatenate([decided[:count] for decided, count in zip(groups, counts, strict=True)])
         logprobs = None
         if self.logprobs is not None:
             rows, scores = self.logprobs
-            logprobs = spread(scores.landed(), rows, tokens.astype(np.int64))
-        return StepResult(
+            own = groups[0 if self.peers is None else self.peers.group][: plan.num_samples]
+            logprobs = spread(scores.landed(), rows, own.astype(np.int64))
+        result = StepResult(
             step=plan.step,
             tokens=tokens[:, None],
-            num_tokens=np.ones(plan.num_samples, dtype=np.int32),
+            num_tokens=np.ones(len(tokens), dtype=np.int32),
             logprobs=logprobs,
             prompt_logprobs={
                 row: joined([part.landed() for part in parts]) for row, parts in self.prompt_logprobs.items()
             },
             times=StepTimes(forward, sum(sample)),
         )
+        return result if self.peers is None or not self.beside.tells else told_by_all(result, self.beside, self.peers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -49,17 +49,54 @@ class Flight(Protocol):
 
 
 class Peers(Protocol):
-    """The ranks that compute each step together, this one as number `rank`. All launch the same plans.
+    """The ranks that compute each step together. All launch the same plans.
 
-    Rank 0 decides the tokens. The others bind no masks, sample nothing and get its tokens.
+    Ranks that attend together are a group: this one is in group `group` of `num_groups`, each of which has rows and a
+    KV pool of its own. The first rank of a group `decides` its tokens; the others of it bind no masks, sample nothing
+    and get these.
     """
 
     @property
-    def rank(self) -> int: ...
+    def num_groups(self) -> int: ...
 
-    def share(self, tensor: torch.Tensor) -> None:
-        """On the device, in place: every rank gets what rank 0 has. Raises where a rank is gone."""
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def decides(self) -> bool: ...
+
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        """On the device: tokens [S] of this rank's group, which get what its first rank decided, in place → those of
+        all groups [G, S]. S is the same everywhere. It can be part of a CUDA graph. Raises where a rank is gone."""
         ...
+
+    def told(self, data: bytes) -> list[bytes]:
+        """On the host: what the first rank of each group has to tell the others. What other ranks give is not heard."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a rank knows of a step of all groups besides its own rows: whatever they have to agree on.
+
+    `tokens` and `rows` are the largest numbers of any group. `samples` and `num_rows` has each group in turn. `decode`:
+    every row of all has one token. `whole`: some row's prompt is scored, so that nobody's step is a graph. `tells`:
+    log-probabilities were asked for, which rank 0 has to be told.
+    """
+
+    tokens: int
+    rows: int
+    num_rows: tuple[int, ...]
+    samples: tuple[int, ...]
+    decode: bool
+    whole: bool = False
+    tells: bool = False
+
+    @classmethod
+    def alone(cls, plan: Plan) -> Self:
+        """Of a plan beside which there is no other."""
+        rows, decode = plan.num_rows, 0 < plan.num_rows == plan.num_decode
+        return cls(plan.num_tokens, rows, (rows,), (plan.num_samples,), decode)
 
 
 class Executor(Protocol):

@@ -19,7 +19,9 @@ from tokenspeed.config import MAX_THREADS, EngineConfig, Quantization
 from tokenspeed.errors import ConfigError
 from tokenspeed.executor.cpu import CpuExecutor
 from tokenspeed.executor.device_step import Model
+from tokenspeed.executor.gpu import GpuExecutor
 from tokenspeed.executor.interface import Executor
+from tokenspeed.executor.joint import JointExecutor
 from tokenspeed.executor.load_gpu import STEP_TOKENS as GPU_STEP_TOKENS
 from tokenspeed.executor.load_gpu import Needs, free_memory, start_gpu
 from tokenspeed.executor.machine import available_cpus, available_memory
@@ -53,11 +55,14 @@ JOIN_SECONDS = 25.0
 class LoadedExecutor:
     """An executor with its model's weights in memory, and what the engine must know of it.
 
+    `pool_blocks` are the KV blocks of each pool, one for each group of ranks that attends to requests of its own.
+
     `eos_token_ids` end a generation unless a request ignores them. `summary` is one line for the log. `world` are the
     ranks that compute each step together, None for one alone.
     """
 
     executor: Executor
+    pool_blocks: tuple[int, ...]
     limits: BatchLimits
     max_model_len: int
     vocab_size: int
@@ -114,16 +119,15 @@ def load_executor(
     load_weights(model, source, None if progress is None else lambda done, total: progress("weights", done, total))
     name = model_config.architecture
     runs: Model = model if world is None else OverRanks(model, world, name).prepared(limits.max_tokens)
-    executor, where = started(runs, ctx, needs, fits, config.num_threads, place, world)
+    executor, pool_blocks, where = started(runs, ctx, needs, fits, config.num_threads, place, world)
+    caches = f"KV cache of {pool_blocks[0]}" if len(pool_blocks) == 1 else f"KV caches of {pool_blocks}"
     rounded = "" if config.quantization == "none" else f", weights rounded to {config.quantization}"
     summary = (
         f"{source.name} ({model_config.architecture}, {dtype}{rounded}) on {where}; context {max_model_len}; "
-        f"KV cache of {executor.num_blocks} blocks of {config.block_size} tokens, "
-        f"{mib(executor.num_blocks * needs.per_block)}"
+        f"{caches} blocks of {config.block_size} tokens, {mib(executor.num_blocks * needs.per_block)}"
     )
-    return LoadedExecutor(
-        executor, limits, max_model_len, model_config.vocab_size, model_config.eos_token_ids, summary, world
-    )
+    eos = model_config.eos_token_ids
+    return LoadedExecutor(executor, pool_blocks, limits, max_model_len, model_config.vocab_size, eos, summary, world)
 
 
 def form_of_plain(quantization: Quantization, target: Target, config: ModelConfig) -> str:
@@ -159,19 +163,20 @@ def fitting(needs: Needs, shapes: CausalLM, device: torch.device, place: Place) 
 
 def started(
     model: Model, ctx: BuildContext, needs: Needs, fits: int, num_threads: int | None, place: Place, world: World | None
-) -> tuple[Executor, str]:
-    """An executor, and where it runs in words. Ranks all take as many KV blocks as the least of them has; none returns
-    before all are ready. `fits` is how many there are on a CPU."""
-    executor: Executor
+) -> tuple[Executor, tuple[int, ...], str]:
+    """An executor, the KV blocks of each pool, and where it runs in words. The ranks of a group all take as many as the
+    least of them has; none returns before all are ready. `fits` is how many there are on a CPU."""
+    executor: CpuExecutor | GpuExecutor
     if ctx.device.type == "cuda":
         if num_threads is not None:  # what torch still computes on the host: weights that are converted
             torch.set_num_threads(num_threads)
-        executor, where = start_gpu(model, ctx, needs, world)
+        executor, pool_blocks, where = start_gpu(model, ctx, needs, world)
     else:
         num_threads = num_threads or min(MAX_THREADS, max(1, available_cpus() // place.local_world))
+        pool_blocks = (fits,) if world is None else world.least_by_group(fits)
         executor = CpuExecutor(
             model,
-            num_blocks=fits if world is None else world.least(fits),
+            num_blocks=fits if world is None else pool_blocks[world.group],
             limits=needs.limits,
             vocab_size=needs.vocab_size,
             dtype=ctx.dtype,
@@ -180,9 +185,12 @@ def started(
         )
         where = f"{num_threads} CPU threads"
     if world is None:
-        return executor, where
+        return executor, pool_blocks, where
     world.least(0)
-    return executor, f"{place.world} ranks, each on {where}"
+    where = f"{place.world} ranks, each on {where}"
+    if len(pool_blocks) == 1:
+        return executor, pool_blocks, where
+    return JointExecutor(executor, world, pool_blocks), pool_blocks, where
 
 
 def join(ctx: BuildContext, place: Place, seconds: float) -> World:
@@ -193,22 +201,34 @@ def join(ctx: BuildContext, place: Place, seconds: float) -> World:
     )  # fmt: skip
 
 
+OWN = frozenset({"model", "tokenizer", "chat_template", "record", "parallel", "num_threads"})
+"""Of a configuration what each rank may have its own of, or what is compared in another way: paths of a machine, the
+layout when ranks meet, how many threads a machine has."""
+
+FLAGS = {"kv_cache_bytes": "--kv-cache-memory"}
+"""Flags that are not called like what they set."""
+
+KERNELS = "TOKENSPEED_KERNELS"
+
+
 def agree(
     world: World, config: EngineConfig, model_config: ModelConfig, limits: BatchLimits, dtype: torch.dtype
 ) -> None:
-    """Raise `ConfigError` on every rank, naming the flag, if ranks were started differently."""
+    """Raise `ConfigError` on every rank, naming the flag, if ranks were started differently: of what they were told
+    everything but `OWN`, and what each has made of it."""
     described = msgspec.json.encode(model_config.hf, order="deterministic")
-    for name, value in (
-        ("--model", f"{model_config.architecture} {hashlib.sha256(described).hexdigest()[:16]}"),
-        ("--load-format", config.load_format),
+    world.same("--model", f"{model_config.architecture} {hashlib.sha256(described).hexdigest()[:16]}")
+    config = msgspec.json.decode(msgspec.json.encode(config), type=EngineConfig)  # as another rank reads it: 1 is 1.0
+    for name in config.__struct_fields__:
+        if name not in OWN:
+            world.same(FLAGS.get(name, "--" + name.replace("_", "-")), str(getattr(config, name)))
+    for flag, value in (
         ("--dtype", str(dtype)),
-        ("--quantization", config.quantization),
-        ("--block-size", str(limits.block_size)),
         ("--max-model-len", str(limits.max_blocks * limits.block_size)),
-        ("--max-num-seqs", str(limits.max_rows)),
         ("--max-num-batched-tokens", str(limits.max_tokens)),
+        (KERNELS, os.environ.get(KERNELS, "")),
     ):
-        world.same(name, value)
+        world.same(flag, value)
 
 
 def chosen_device(setting: str, place: Place | None = None) -> torch.device:

@@ -59,11 +59,12 @@ def free_memory(device: torch.device) -> int:
 
 def start_gpu(
     model: Model, ctx: BuildContext, needs: Needs, world: World | None = None
-) -> tuple[GpuExecutor, str]:
-    """Start an executor for a loaded model, decode steps captured, and say in a line what it took.
+) -> tuple[GpuExecutor, tuple[int, ...], str]:
+    """Start an executor for a loaded model, decode steps captured; say how many KV blocks each pool has, and in a line
+    what it took.
 
     A first executor with a cache of one block runs the largest step and captures everything; what is free beside
-    it becomes the cache of the one that stays; the ranks of a `world` all take what the least of them has. Raises
+    it becomes the cache of the one that stays; the ranks of a group all take what the least of them has. Raises
     `ConfigError` if that leaves too little.
     """
     # Sums of products stay in float32, whatever the split: a token must not depend on the shape of its batch.
@@ -102,15 +103,14 @@ def start_gpu(
         needs.per_block, limits, kv_cache_bytes=needs.kv_cache_bytes, available=max(0, left - MARGIN), share=1.0,
         sessions_a_row=SESSIONS_A_ROW,
     )  # fmt: skip
-    if world is not None:
-        num_blocks = world.least(num_blocks)
+    pool_blocks = (num_blocks,) if world is None else world.least_by_group(num_blocks)
     gc.collect()
     torch.cuda.empty_cache()
-    started = executor(num_blocks)
+    started = executor(pool_blocks[0 if world is None else world.group])
     seconds = started.capture()
     if importlib.util.find_spec("triton"):
         report_late_kernels()
-    return started, (
+    return started, pool_blocks, (
         f"{torch.cuda.get_device_name(device)}; a step takes {mib(before - warm)}, "
         f"{2 * len(buckets(limits.max_rows))} graphs {mib(warm - left)}, tried in {first:.1f} s and captured in "
         f"{seconds:.1f} s"

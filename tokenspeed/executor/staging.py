@@ -44,12 +44,13 @@ class Staging(PlanBuffers):
     records       [R]        `RECORD`s of the slots in `bound`
     ============  =========  =================================================================
 
-    `results` [2, R] int32 receives the tokens and the faults of the rows; `clock` times the step. `masks` [R, 1 + V/32]
-    int32 has a slot and its mask in each row, which travel by themselves, in steps that have any.
+    `results` [1 + G, R] int32 receives the faults of the rows, and the tokens of each of G groups of ranks; `clock`
+    times the step. `masks` [R, 1 + V/32] int32 has a slot and its mask in each row, which travel by themselves, in
+    steps that have any.
     For a GPU it is page-locked, so that copies run beside the host. Everything is reused once the step has landed.
     """
 
-    def __init__(self, limits: BatchLimits, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, limits: BatchLimits, vocab_size: int, device: torch.device, num_groups: int = 1) -> None:
         self._pinned = pinned = device.type == "cuda"
         self.clock = Clock(device)
         super().__init__(limits, self._allocate)
@@ -59,7 +60,7 @@ class Staging(PlanBuffers):
         self.num_rows: Int32Array = self._extra[2 * rows : 2 * rows + 1]
         words = self._extra[-rows * RECORD_WORDS :]
         self.records: npt.NDArray[np.void] = words.view(RECORD)
-        self.results = torch.zeros(2, rows, dtype=torch.int32, pin_memory=pinned)
+        self.results = torch.zeros(1 + num_groups, rows, dtype=torch.int32, pin_memory=pinned)
         self.masks = torch.zeros(rows, 1 + num_words(vocab_size), dtype=torch.int32, pin_memory=pinned)
 
     def set_masks(self, slots: Sequence[int], masks: Sequence[Mask]) -> None:

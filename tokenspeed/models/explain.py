@@ -18,6 +18,7 @@ from tokenspeed.models.registry import make_model
 from tokenspeed.parallel.compiler import compile_model
 from tokenspeed.parallel.cost import BOTH, KINDS, Hardware
 from tokenspeed.parallel.explain import described, explain, predictions, size
+from tokenspeed.parallel.launched import served_mesh
 from tokenspeed.parallel.mesh import ARGUMENTS, FLAGS, Mesh
 from tokenspeed.parallel.program import Program
 from tokenspeed.parallel.verify import verify
@@ -56,22 +57,28 @@ def explained(config: ModelConfig, mesh: Mesh, question: Question) -> Iterator[s
 
     yield f"{config.architecture} over {mesh}"
     yield f"a rank holds {_held(model, DTYPES[question.dtype])}"
+    groups = mesh.size("attn_data")
+    if groups > 1:
+        yield f"{groups} groups of ranks, {mesh.world // groups} each, have requests and a KV pool of their own"
     yield described(question.hardware, mesh)
     yield ""
     decodes = [program(batch, batch, captured=True) for batch in question.batches]
     yield from explain(decodes[-1])
     yield ""
-    yield from explain(program(question.prompt_tokens, mesh.size("attn_data"), captured=False))
+    yield from explain(program(question.prompt_tokens, groups, captured=False))
     yield ""
     yield from predictions(decodes, question.context)
 
 
 def explained_engine(config: EngineConfig) -> Iterator[str]:
-    """The same for an engine as it would be started: over its ranks, with at most so many rows and tokens in a step."""
-    batches, tokens = sorted({1, config.max_num_seqs}), config.max_num_batched_tokens or PROMPT_TOKENS
+    """The same for an engine as it would be started: over its ranks, with at most so many rows and tokens in a step of
+    each group. Raises `ConfigError` for what would not be."""
+    mesh = served_mesh(config.parallel, config.tps_floor)
+    groups = mesh.size("attn_data")
+    batches = sorted({1, groups * config.max_num_seqs})
+    tokens = groups * config.max_num_batched_tokens if config.max_num_batched_tokens else PROMPT_TOKENS
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     question = Question(batches, CONTEXT, tokens, dtype, KINDS[BOTH])
-    mesh = Mesh.of(config.parallel.world, **config.parallel.sizes())
     return explained(read_model_config(resolve(config.model, config.load_format)), mesh, question)
 
 

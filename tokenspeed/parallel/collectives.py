@@ -138,9 +138,17 @@ class Collectives:
         return next(ranks for ranks in self._mesh.atom_sets(first, stop) if self._rank in ranks)
 
 
-def share(group: Group, tensor: torch.Tensor) -> None:
-    """In place: what the first rank of the group has."""
-    finished(group.broadcast([tensor], _BROADCAST))
+def share(group: Group, tensor: torch.Tensor, parts: int) -> torch.Tensor:
+    """In place: of x [S] what the first rank has of that of so many equal parts of the group which this one is in →
+    what the first of each part has, [parts, S]."""
+    if parts == 1:
+        finished(group.broadcast([tensor], _BROADCAST))
+        return tensor.unsqueeze(0)
+    size = group.size() // parts
+    everyone = tensor.new_empty(parts, size, len(tensor))
+    finished(group._allgather_base(everyone.view(-1), tensor, _ALL_GATHER))
+    tensor.copy_(everyone[group.rank() // size, 0])
+    return everyone[:, 0]
 
 
 def _all_reduce(group: Group) -> Move:

@@ -76,14 +76,20 @@ def over_launched(parallel: Parallel, environment: Mapping[str, str]) -> Paralle
     return structs.replace(parallel, world=place.world)
 
 
-def served_mesh(parallel: Parallel) -> Mesh:
-    """The mesh that an engine serves over. Raises `ConfigError` naming the flags that cannot be."""
+def served_mesh(parallel: Parallel, tps_floor: float | None = None) -> Mesh:
+    """The mesh that an engine serves over, which promises streams this floor. Raises `ConfigError` naming the flags
+    that cannot be."""
     mesh = Mesh.of(parallel.world, **parallel.sizes())
-    groups = mesh.size("attn_data")
-    if groups > 1:
+    groups, vocab = mesh.size("attn_data"), mesh.size("vocab")
+    together = parallel.world // groups
+    if groups > 1 and together % vocab:
         raise ConfigError(
-            f"--attn-dp-size {groups} (--attn-tp-size {mesh.size('attn')}): the engine cannot yet give groups of ranks "
-            f"requests of their own; leave out both, and attention is cut over all {parallel.world} ranks, "
-            f"or let them attend alike (--attn-copies)"
+            f"--vocab-tp-size {vocab} with --attn-dp-size {groups}: groups that attend to requests of their own also "
+            f"score prompts on their own, so the vocabulary can be cut only over the {together} of a group, evenly"
+        )
+    if groups > 1 and tps_floor:
+        raise ConfigError(
+            f"--tps-floor {tps_floor:g} with --attn-dp-size {groups}: a prompt in one group delays the streams of all, "
+            f"and no group knows the others' prompts; without the flag each group steers for its own streams"
         )
     return mesh

@@ -30,7 +30,8 @@ from tokenspeed.parallel.wire import Wire
 class World:
     """One rank of `mesh`, on `device`. `collectives` are what a program's transfers are made of.
 
-    `least`, `same` and everything on the device is done by all ranks, in the same order, from one thread.
+    `least`, `same`, `told` and everything on the device is done by all ranks, in the same order, and what is done on
+    the host from one thread at a time.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class World:
         """As `join` makes it."""
         self.mesh, self.rank, self.device = mesh, rank, device
         self.collectives = Collectives(mesh, rank, groups, symmetric)
+        # The ranks of a group are neighbours: that each has its own tokens is the outermost of attention's axes.
+        self._group_size = mesh.world // mesh.size("attn_data")
         self._host, self._wire, self._groups, self._symmetric = host, wire, groups, symmetric
         self._left = False
 
@@ -82,30 +85,47 @@ class World:
         world.same("the layout of ranks", str(mesh))
         return world
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of ranks that attend together, each to rows of its own."""
+        return self.mesh.size("attn_data")
+
+    @property
+    def group(self) -> int:
+        """Which of them this rank is in."""
+        return self.mesh.coordinate(self.rank, "attn_data")
+
+    @property
+    def decides(self) -> bool:
+        """Whether this rank decides the tokens of its group."""
+        return self.rank % self._group_size == 0
+
     def least(self, number: int) -> int:
         """The least of what all ranks give."""
-        numbers = torch.tensor([number], dtype=torch.int64)
-        options = c10d.AllreduceOptions()
-        options.reduceOp = c10d.ReduceOp(c10d.ReduceOp.MIN)
-        finished(self._host.allreduce([numbers], options))
-        return int(numbers)
+        return min(self.least_by_group(number))
+
+    def least_by_group(self, number: int) -> tuple[int, ...]:
+        """The least of what the ranks of each group give."""
+        given = self._gathered(torch.tensor([number], dtype=torch.int64))
+        return tuple(given.view(self.num_groups, -1).amin(1).tolist())
 
     def same(self, name: str, value: str) -> None:
         """Raises `ConfigError` on every rank, naming the first two that differ, unless all ranks give the same `value`
         for what is called `name`."""
-        own = value.encode()
-        sizes = self._gathered(torch.tensor([len(own)], dtype=torch.int64)).flatten().tolist()
-        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
-        padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own else padded[:0]
-        rows = self._gathered(padded)
-        values = [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+        values = [given.decode() for given in self._everyones(value.encode())]
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise ConfigError(f"{name} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}")
 
-    def share(self, tensor: torch.Tensor) -> None:
-        """On the device, in place: every rank gets what rank 0 has. It can be part of a CUDA graph."""
-        share(self._groups.of(tuple(range(self.mesh.world))), tensor)
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        """On the device: tokens [S] of this rank's group, which get what its first rank has, in place → those of all
+        groups [G, S]. It can be part of a CUDA graph."""
+        return share(self._groups.of(tuple(range(self.mesh.world))), tokens, self.num_groups)
+
+    def told(self, data: bytes) -> list[bytes]:
+        """On the host: what the first rank of each group gives."""
+        everyone = self._everyones(data if self.decides else b"")
+        return everyone[:: self._group_size]
 
     def send(self, data: bytes) -> None:
         """Rank 0 alone, from a thread of its own: to every other rank, in order. Raises `EOFError` naming a rank that
@@ -125,6 +145,14 @@ class World:
             self._groups.leave()
             if self._symmetric is not None:
                 self._symmetric.leave()
+
+    def _everyones(self, own: bytes) -> list[bytes]:
+        """What each rank gives."""
+        sizes = self._gathered(torch.tensor([len(own)], dtype=torch.int64)).flatten().tolist()
+        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+        padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own else padded[:0]
+        rows = self._gathered(padded)
+        return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
 
     def _gathered(self, own: torch.Tensor) -> torch.Tensor:
         """[n] of every rank, below each other."""
