@@ -18,6 +18,9 @@ from torch import Tensor
 
 PANEL_ROWS = 16
 GROUP = 32
+PART_ROWS = 64 * PANEL_ROWS
+"""Rows that are packed at a time."""
+
 ROWS = "rows"
 """The form of a plain tensor [rows, columns]."""
 PANELS = "panels"
@@ -125,6 +128,13 @@ def pack(rows: Tensor) -> Packed:
     whole = torch.nn.functional.pad(rows, (0, groups * GROUP - columns)).view(num_rows, groups, parts, GROUP // parts)
     data = _panelled(whole).permute(0, 1, 4, 2, 3).contiguous()
     return Packed(data, PANELS, num_rows, columns)
+
+
+def pack_into(data: Tensor, rows: Tensor) -> None:
+    """Fill the data of panels with a matrix [N,K], part by part: a copy of all of it would be memory twice."""
+    for first in range(0, rows.shape[0], PART_ROWS):
+        part = pack(rows[first : first + PART_ROWS]).data
+        data[first // PANEL_ROWS : first // PANEL_ROWS + part.shape[0]] = part
 
 
 def common_form(forms: Collection[str]) -> str:

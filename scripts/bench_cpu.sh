@@ -117,7 +117,7 @@ python, path, kind, long = sys.argv[1:]
 shapes = ["1x128", "8x128", "16x128", f"1x{long}", "1x512"]
 flag = "--quantization" if kind == "int8" else "--dtype"
 command = [python, "-m", "tokenspeed.bench", "decode", "--model", path, flag, kind, "--num-tokens", "48", "--shape"]
-text = subprocess.run([*command, "1x64", *shapes], check=True, capture_output=True, text=True).stdout
+text = subprocess.run([*command, "1x64", *shapes], check=True, stdout=subprocess.PIPE, text=True).stdout
 rows = re.findall(r"^\| \d+ × [\d,]+ \| ([\d.]+) \| \*\*[\d,]+\*\* \([^)]*\) \| ([\d.]+)", text, flags=re.MULTILINE)[1:]
 streams = [int(shape.split("x")[0]) for shape in shapes]
 rates = [count / float(step) * 1e3 for count, (_, step) in zip(streams, rows, strict=True)]

@@ -5,10 +5,10 @@ The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4
 weights and bfloat16 tokens (`pair_tiles.h`), which makes panels the form of plain matrices there
 (`selection.plain_form`), and for attention (`attention_tiles.h`, `mla_tiles.h`). Sums and exponentials are in float32,
 and so are the weights of attention, except in tiles.
-Attention over the paged cache is online-softmax over tiles of 64 tokens; a row's result depends neither on
-its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of sums up to
-32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised ones in
-tiles two (`pairs.h`). Blocks of a decode step are one call each, and so are all layers of a dense decoder
+Attention over the paged cache is online-softmax over tiles of 64 tokens (128 in a prefill in tiles); a row's result
+depends neither on its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of
+sums up to 32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised
+ones in tiles two (`pairs.h`). Blocks of a decode step are one call each, and so are all layers of a dense decoder
 (`blocks.cc`). `embedding` of a plain table is torch's here.
 
 Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
@@ -44,6 +44,7 @@ VARIANTS: Mapping[str, tuple[int, On]] = {
 _HEADS: Mapping[str, Condition] = {"head_dim": Multiple(16, at_most=256)}
 _NARROW_HEADS: Mapping[str, Condition] = {"head_dim": Multiple(8, at_most=256)}
 _NARROW = frozenset({"portable", "avx2"})
+_NARROW_OPS = ("mha_decode", "mha_prefill")  # not the blocks: their products would be narrow too
 _PACKED: Mapping[str, Condition] = {"matrix_form": OneOf(frozenset(FORMS) - {ROWS})}
 _LATENT: Mapping[str, Condition] = {"kv_lora_rank": Multiple(16), "rope_dim": Multiple(16)}
 # A token's choice is kept in registers and on the stack.
@@ -90,7 +91,7 @@ def implementations() -> tuple[Implementation, ...]:
             _binder(op, variant),
             platforms=(on,),
             dtypes=frozenset({torch.bfloat16}) if variant == "amx" else DTYPES,
-            traits=_NARROW_HEADS if traits is _HEADS and variant in _NARROW else traits,
+            traits=_NARROW_HEADS if op in _NARROW_OPS and variant in _NARROW else traits,
             priority=priority,
             variant=variant,
             unavailable=_no_tiles if variant == "amx" else _unavailable,

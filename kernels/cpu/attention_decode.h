@@ -7,6 +7,7 @@
 
 // Where the tokens [first, first + count) of a row lie, in elements from the start of a cache.
 inline void locate(const Attention& a, int row, int first, int count, int64_t* offset) {
+    if (count <= 0) return;
     const int32_t* block = a.block_table + row * a.table_stride + first / a.block_size;
     int within = first % a.block_size;
     int64_t slot = int64_t{*block} * a.block_size + within;

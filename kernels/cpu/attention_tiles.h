@@ -179,7 +179,7 @@ inline Floats soften_tiles(const float* scores, int tiles, const int32_t* valid,
             store(weights + t / 2 * TILE_WORDS + i * SIDE, bit_copy<Floats>(pairs));
         }
     }
-    const Floats factor = rough_exp2(before - now);
+    const Floats factor = exp2(before - now);  // exactly 1 where the maximum stays: it is applied once a tile
     store(running_sum, fused(load(running_sum), factor, sum_each(row)));
     return factor;
 }

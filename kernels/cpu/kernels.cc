@@ -339,12 +339,16 @@ void linear(const Kernels& kernels, const Linear& a, int threads) {
     const bool small = a.tokens * a.rows * a.columns < 1 << 15;
     threads = small || threads < 1 ? 1 : (threads < MAX_THREADS ? threads : MAX_THREADS);
     const bool packed = a.form != Form::rows;
-    const bool pairs = packed && kernels.forms[static_cast<int>(a.form)].pairs != nullptr;
+    const FormKernels& form = kernels.forms[static_cast<int>(a.form)];
+    const bool many = a.tokens > PAIRS_FEW && !a.float_out;
+    const bool pairs = packed && form.pairs != nullptr && (many || !form.pairs_of_many);
     if (pairs && a.tokens <= PAIR_BLOCK) return panels_pairs(kernels, a, threads);
     if (packed && !pairs && a.tokens <= PANELS_FEW) return panels_few(kernels, a, threads);
     if (!packed && a.tokens <= LINEAR_FEW) return linear_few(kernels, a, threads);
     // Widened tokens stay below 16 MiB.
-    const int64_t most = LINEAR_BLOCK + (int64_t{1} << 22) / (a.columns < 1 ? 1 : a.columns);
+    const int64_t fit = LINEAR_BLOCK + (int64_t{1} << 22) / (a.columns < 1 ? 1 : a.columns);
+    // As even as they can be: a last part of a few tokens would be summed in another order.
+    const int64_t parts = (a.tokens + fit - 1) / fit, most = (a.tokens + parts - 1) / parts;
     const int64_t item = kernels.item_size, out_item = a.float_out ? static_cast<int64_t>(sizeof(float)) : item;
     for (int64_t t = 0; t < a.tokens; t += most) {
         Linear part = a;

@@ -135,6 +135,7 @@ struct FormKernels {
                  float* scratch);
     void (*row)(const void* table, int64_t row, int64_t columns, void* out);
     void (*pairs_pack)(const Linear&, int64_t begin, int64_t end, float* packed) = nullptr;
+    bool pairs_of_many = false;  // only of more than PAIRS_FEW tokens, with outputs in the type of x
     void (*pairs)(const Linear&, const float* packed, int64_t begin, int64_t end, int64_t first_panel,
                   int64_t last_panel, float* scratch) = nullptr;
 };

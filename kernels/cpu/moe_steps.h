@@ -24,7 +24,7 @@ template <class X>
 inline void route_scores(const Route& r, const X* logits, float* scores) {
     const int64_t experts = r.experts, whole = experts - experts % LANES, padded = r.padded();
     for (int64_t i = 0; i < whole; i += LANES) store(scores + i, load(logits + i));
-    for (int64_t i = whole; i < padded; ++i) scores[i] = i < experts ? load_one(logits + i) : -1e38f;
+    for (int64_t i = whole; i < padded; ++i) scores[i] = i < experts ? load_one(logits + i) : -__builtin_inff();
     if (r.sigmoid) {
         for (int64_t i = 0; i < padded; i += LANES) {
             const Floats x = load(scores + i), power = x * -LOG2_E;

@@ -8,6 +8,15 @@ constexpr void use_pairs(Kernels& kernels, Form form, Pairs pairs) {
     kernels.forms[static_cast<int>(form)].pairs = pairs;
 }
 
+#ifdef TOKENSPEED_TILES
+// Five and six bits: only where they are rounded, for many tokens.
+template <class View>
+constexpr void use_rounded(Kernels& kernels, Form form) {
+    use_pairs<false>(kernels, form, only_rounded_pairs<View>);
+    kernels.forms[static_cast<int>(form)].pairs_of_many = true;
+}
+#endif
+
 constexpr Kernels with_pairs(Kernels kernels) {
     use_pairs<false>(kernels, Form::panels, plain_pairs);
 #ifdef TOKENSPEED_TILES
@@ -15,6 +24,11 @@ constexpr Kernels with_pairs(Kernels kernels) {
     use_pairs<true>(kernels, Form::q4_1, scaled_pairs<NibblePairs<Half, true>>);
     use_pairs<true>(kernels, Form::q4_k, scaled_pairs<NibblePairs<float, true>>);
     use_pairs<false>(kernels, Form::q8_0, scaled_pairs<BytePairs>);
+    use_rounded<WideNibbles<5, Half, false, 1>>(kernels, Form::q5_0);
+    use_rounded<WideNibbles<5, Half, true, 1>>(kernels, Form::q5_1);
+    use_rounded<WideNibbles<5, float, true, 1>>(kernels, Form::q5_k);
+    use_rounded<WideNibbles<6, float, false, 2>>(kernels, Form::q6_k);
+    use_rounded<WideNibbles<6, float, true, 2>>(kernels, Form::mixed);
 #endif
     return kernels;
 }

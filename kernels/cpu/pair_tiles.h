@@ -151,6 +151,13 @@ inline void rounded_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_
     strips_of_tiles<2, false>(a, x, begin, first, last, depth, scratch + 2 * STRIP_GROUPS * GROUP_BYTES / 4, words);
 }
 
+// The same, of a block of tokens.
+template <class F>
+void only_rounded_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                        float* scratch) {
+    rounded_pairs<F>(a, Pairs(packed, end - begin, a.groups()), begin, first, last, scratch);
+}
+
 // sums [M, 16] (from zero if `first`) += scale · (tile · group) + minimum · (sum of the token) for `depth` groups of
 // words. Four products are under way at a time. Meanwhile the groups `ahead` are fetched, if not null: expanding them
 // would wait.

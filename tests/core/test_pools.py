@@ -105,6 +105,22 @@ def test_a_named_session_is_found_in_its_pool_whatever_it_says() -> None:
     assert d.core.pool_of(5) == 1
 
 
+def test_one_name_for_everything_does_not_crowd_one_pool() -> None:
+    d = Driven()
+    assert d.submit(1, [7] * 9, session=77, max_tokens=1) is None
+    d.run_out()
+    for request_id in range(2, 10):
+        assert d.submit(request_id, [request_id] * 3, session=77) is None
+    assert min(pool.waiting for pool in d.core.stats().pools) >= 2
+
+
+def test_a_refusal_that_time_may_mend_is_said_before_one_that_is_for_good() -> None:
+    d = Driven(num_blocks=(4, 60), max_queued=2)
+    while d.submit(1000 + d.core.num_unfinished, [3] * 30) is None:
+        pass
+    assert d.submit(1, [5] * 30) is Refusal.QUEUE_FULL and d.core.retry_after > 0
+
+
 def test_a_prefix_hit_decides_between_pools_that_are_equally_busy() -> None:
     d = Driven(num_blocks=(32, 32))
     d.submit(1, [*SYSTEM, 30, 31], max_tokens=1)

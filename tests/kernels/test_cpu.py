@@ -107,6 +107,19 @@ def test_rows_and_chunks_give_the_same_bits_on_every_instruction_set(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_no_token_of_a_long_context_counts_less_for_being_far(variant: tuple[_ops.Isa, torch.dtype]) -> None:
+    """Equal keys: the result is the mean of the values, however many tiles lie between."""
+    length, block = 16384, 64
+    k = torch.ones(length // block, block, 1, 64, dtype=variant[1])
+    v = torch.zeros_like(k)
+    v[: length // block // 2] = 1
+    q, table = torch.ones(2, 2, 64, dtype=variant[1]), torch.arange(length // block, dtype=torch.int32)[None]
+    starts, lengths = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
+    attend = bound("mha_prefill", variant, Paged(((2, length),), 2, 1, 64, block))
+    assert (attend(q, k, v, table, starts, lengths, (2,), (length,), 0.125).float() - 0.5).abs().max() < 4e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_negative_scale_prefers_what_is_least_alike(
     variant: tuple[_ops.Isa, torch.dtype], generator: torch.Generator
 ) -> None:

@@ -32,6 +32,10 @@ from tokenspeed.batch import (
 STREAM_TOKENS = 512
 """Work that a stream counts as when requests are routed: what agents generate in a turn, and no more is known of it."""
 
+SESSION_TOKENS = 4 * STREAM_TOKENS
+"""Work that a request would rather wait for than leave the pool that knows its session. More, and an application that
+gives all of its requests one name would have one pool."""
+
 MOST_IN_FLIGHT = 2
 """Steps, as of a scheduler."""
 
@@ -53,9 +57,9 @@ class Pools:
     """As a `Scheduler`, of `num_blocks` in each pool; the other sizes are those of each pool by itself, `max_queued`
     aside, which they share.
 
-    **Routing.** The next turn of a session that has a name goes where the session is. Any other request goes where
-    there will be the least to compute: the prompt tokens that wait there, those of its own that are not cached there,
-    and `STREAM_TOKENS` for every request there. So a conversation stays where it is cached, as long as that is worth
+    **Routing.** A request goes where there will be the least to compute: the prompt tokens that wait there, those of
+    its own that are not cached there, and `STREAM_TOKENS` for every request there, less `SESSION_TOKENS` where its
+    session is, if that has a name. So a conversation stays where it is cached, as long as that is worth
     more than another pool's idleness, and what many conversations begin with does not draw all of them into one pool.
     Equal ones are decided by who holds fewer blocks, then by number. A pool that refuses for want of room is not the
     last that is asked.
@@ -99,25 +103,25 @@ class Pools:
 
     def submit(self, request_id: int, prompt: Int32Array, **terms: Any) -> Refusal | None:
         """As `Scheduler.submit`, into the pool that suits it best among those that do not refuse it. The refusal is
-        that of the best."""
+        that of the best, or of the best of those that may take it later."""
         held = self._pool_of.get(request_id)
         if held is not None and self._pools[held].holds(request_id):
             return self._pools[held].submit(request_id, prompt, **terms)  # which refuses it
         if terms.get("tps_floor"):
             return Refusal.NO_PROMISES
-        first: Refusal | None = None
+        refusals: list[tuple[Refusal, float]] = []
         for pool, uncached in self._by_work(prompt, terms):
             refusal = self._pools[pool].submit(request_id, prompt, **terms)
             if refusal is None:
                 self._pool_of[request_id] = pool
                 self._owed.add(request_id, pool, uncached)
                 return None
-            wait = self._pools[pool].retry_after
-            self._retry_after = wait if first is None else min(wait, self._retry_after)
-            first = first or refusal
+            refusals.append((refusal, self._pools[pool].retry_after))
             if not refusal.can_retry and refusal not in ELSEWHERE:
                 break
-        return first
+        passing = [each for each in refusals if each[0].can_retry]
+        self._retry_after = min((wait for _, wait in passing), default=0.0)
+        return (passing or refusals)[0][0]
 
     def abort(self, request_id: int) -> bool:
         pool = self._pool_of.get(request_id)
@@ -273,8 +277,8 @@ class Pools:
             now = pool.stats()
             uncached = len(prompt) - cached
             work = self._owed.tokens[number] + uncached + STREAM_TOKENS * (now.running + now.waiting)
-            ranked.append((not in_session, work, now.blocks_used, number, uncached))
-        return [(number, uncached) for _, _, _, number, uncached in sorted(ranked)]
+            ranked.append((work - (SESSION_TOKENS if in_session else 0), now.blocks_used, number, uncached))
+        return [(number, uncached) for _, _, number, uncached in sorted(ranked)]
 
     def _end(self, request_id: int) -> None:
         self._owed.paid(request_id)

@@ -22,14 +22,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import msgspec
 import numpy as np
 
 from tokenspeed._core.scheduler import Scheduler
 from tokenspeed.batch import Plan, PlanBuffers
-from tokenspeed.config import EngineConfig
+from tokenspeed.config import EngineConfig, Quantization
 from tokenspeed.engine.messages import ChoiceTokens, Submit
 from tokenspeed.engine.step_loop import StepLoop
 from tokenspeed.executor.interface import Binding, Executor, Flight
@@ -44,6 +44,9 @@ WARM_TOKENS = 8
 
 PROFILED_STEPS = 20
 """Steps under each of the two profilers."""
+
+LEAST_STEP = 256
+"""Tokens of a prompt that a step computes at least, whatever the device."""
 
 COUNTED_STEPS = 6
 """Steps that are left for the one in which experts are counted."""
@@ -104,7 +107,7 @@ class Streams:
 
     def __init__(self, loaded: LoadedExecutor, params: SamplingParams, overlap: int, seed: int) -> None:
         self._params = params
-        self._vocab_size, self._step_tokens = loaded.vocab_size, loaded.limits.max_tokens
+        self._vocab_size = loaded.vocab_size
         self._executor = TimedExecutor(loaded.executor)
         core = Scheduler(
             num_blocks=loaded.executor.num_blocks,
@@ -134,10 +137,8 @@ class Streams:
         What `profile` says is added to that file.
         """
         start = time.perf_counter()
-        # Streams that began decode along while the prompts of the others are computed, in at least so many steps.
-        riding = 2 * -(-batch * context // self._step_tokens)
         more = COUNTED_STEPS + (0 if profile is None else 4 * PROFILED_STEPS)
-        most = riding + WARM_TOKENS + num_tokens + more + 1
+        most = generated(batch, context, num_tokens, more)
         self._counts = {self._submit(context, most): 0 for _ in range(batch)}
         await self._until(lambda: min(self._counts.values()) > 0)
         first = time.perf_counter() - start
@@ -234,11 +235,18 @@ class Streams:
                 raise SystemExit("the step loop ended before the streams did")
 
 
+def generated(batch: int, context: int, num_tokens: int, more: int) -> int:
+    """Tokens that a stream may generate: it decodes along while the prompts of the others are computed."""
+    riding = batch + 2 * -(-batch * context // LEAST_STEP)
+    return riding + WARM_TOKENS + num_tokens + more + 1
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `decode`."""
     parser.add_argument("--model", required=True, help="a checkpoint; with --load-format dummy a config.json")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", default="none", choices=get_args(Quantization))
     parser.add_argument(
         "--shape", type=_shape, nargs="+", default=[(1, 1024), (8, 1024), (32, 1024), (128, 1024)],
         help="streams x tokens of their prompts: 8x1024",
@@ -268,13 +276,14 @@ def _shape(text: str) -> tuple[int, int]:
 
 def main(options: argparse.Namespace) -> int:
     """Print one row a shape."""
-    batches, contexts = zip(*options.shape, strict=True)
+    batches, _ = zip(*options.shape, strict=True)
     extra = COUNTED_STEPS + (0 if options.profile is None else 4 * PROFILED_STEPS)
     config = EngineConfig(
         model=options.model,
         load_format=options.load_format,
         dtype=options.dtype,
-        max_model_len=max(contexts) + options.num_tokens + extra + 64,
+        quantization=options.quantization,
+        max_model_len=max(n + generated(batch, n, options.num_tokens, extra) for batch, n in options.shape) + 1,
         max_num_seqs=max(batches) + 1,  # and the one that joins to count experts
         overlap=options.overlap,
     )

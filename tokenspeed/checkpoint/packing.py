@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from tokenspeed.errors import CheckpointError
-from tokenspeed.kernels.forms import GROUP, Rows, pack, put_rows, rounded
+from tokenspeed.kernels.forms import GROUP, Rows, pack_into, put_rows, rounded
 from tokenspeed.layers.module import Weight
 from tokenspeed.parallel.shards import Piece
 
@@ -68,5 +68,5 @@ class PackedRows:
         """One more piece is there; with the last one, fill the weight."""
         self._missing -= 1
         if not self._missing:
-            self._weight.parameter.data.copy_(pack(self.numbers()).data)
+            pack_into(self._weight.parameter.data, self.numbers())
             self._rows = None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from tokenspeed.checkpoint.packing import round_rows
-from tokenspeed.kernels.forms import PANELS, ROWS, pack, put_rows
+from tokenspeed.kernels.forms import PANELS, ROWS, pack_into, put_rows
 from tokenspeed.layers.module import Weight
 
 STD = 0.02
@@ -44,7 +44,7 @@ def _fill(weight: Weight, generator: torch.Generator) -> None:
     if weight.form == PANELS:
         whole = torch.empty(weight.shape, dtype=values.dtype, device=values.device)
         randomise(name, whole, generator)
-        values.copy_(pack(whole).data)
+        pack_into(values, whole)
         return
     num_rows, columns = weight.shape
     for start in range(0, num_rows, PART_ROWS):

@@ -270,8 +270,10 @@ class EngineService:
         tasks = background if self._serving is None else [*background, self._serving]
         *_, outcome = await asyncio.gather(*tasks, return_exceptions=True) if tasks else [None]
         served = self._serving is not None and outcome is None
-        # A step that waits for a rank which is gone never ends, and neither does the executor.
-        lost = self._ranks is not None and self._ranks.let_go()
+        # A step that waits for a rank which is gone never ends, and neither does the executor; nor does one that waits
+        # for what a loop that failed would have told the others.
+        failed = self._serving is not None and not served
+        lost = self._ranks is not None and (self._ranks.let_go() or failed)
         self._loop = None
         if self._recording is not None:
             try:

@@ -36,6 +36,7 @@ async def server_info(request: web.Request) -> web.Response:
     door = door_of(request)
     door.require_ready()
     facts, config = door.engine.facts, door.engine.config
+    groups = config.parallel.attn_dp or 1
     return _json(
         {
             "version": __version__,
@@ -43,13 +44,13 @@ async def server_info(request: web.Request) -> web.Response:
             "served_model_name": door.model.names[0],
             "context_length": facts.max_model_len,
             "max_total_tokens": facts.num_blocks * facts.block_size,
-            "max_running_requests": config.max_num_seqs,
+            "max_running_requests": config.max_num_seqs * groups,
             "max_queued_requests": config.max_queued_requests,
             "disable_radix_cache": not config.enable_prefix_caching,
             "tool_call_parser": door.answer_format.tools,
             "reasoning_parser": door.answer_format.reasoning,
-            "tp_size": 1,
-            "dp_size": 1,
+            "tp_size": config.parallel.world // groups,
+            "dp_size": groups,
             "internal_states": [_rank_load(door)],
         }
     )

@@ -63,9 +63,11 @@ class JointExecutor:
         masked = self._masked.launched(plan, bindings)
         scored = self._scored.launched(plan, [_scored_prompt(binding) for binding in bindings])
         asking = self._asking.launched(plan, [binding.params.logprobs is not None for binding in bindings])
-        slots, computed = plan.row_slot.tolist(), plan.row_computed.tolist()
-        whole = any(scored.get(slot, 0) > done + 1 for slot, done in zip(slots, computed, strict=True))
-        tells = whole or not asking.keys().isdisjoint(slots)
+        whole = tells = False
+        if scored or asking:  # what most steps need no look at their rows for
+            slots, computed = plan.row_slot.tolist(), plan.row_computed.tolist()
+            whole = any(scored.get(slot, 0) > done + 1 for slot, done in zip(slots, computed, strict=True))
+            tells = whole or not asking.keys().isdisjoint(slots)
         part = plan.parts[self._group]
         first = sum(before.num_bound for before in plan.parts[: self._group])
         own = bindings[first : first + part.num_bound]
