@@ -237,7 +237,7 @@ class Streams:
 
 def generated(batch: int, context: int, num_tokens: int, more: int) -> int:
     """Tokens that a stream may generate: it decodes along while the prompts of the others are computed."""
-    riding = batch + 2 * -(-batch * context // LEAST_STEP)
+    riding = 64 + 2 * -(-batch * context // LEAST_STEP)
     return riding + WARM_TOKENS + num_tokens + more + 1
 
 
