@@ -20,8 +20,10 @@ from tokenspeed.checkpoint.random_weights import STD
 from tokenspeed.checkpoint.source import Source, resolve
 from tokenspeed.checkpoint.weights import load_weights, stored_forms
 from tokenspeed.errors import CheckpointError, ConfigError
-from tokenspeed.executor.load import plain_form
+from tokenspeed.executor.load import form_of_plain
 from tokenspeed.kernels.forms import ROWS, Packed, pack_quantised, rounded, unpack
+from tokenspeed.kernels.platform import Platform
+from tokenspeed.kernels.registry import Target
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.registry import build_model, make_model
@@ -174,8 +176,9 @@ def test_what_cannot_be_rounded_is_refused_with_the_flag(tmp_path: Path) -> None
     reference = checkpoint(tmp_path)
     write_llama(tmp_path / "toy.gguf", reference, GGUFType.Q4_1)
     plain, quantised = (read_model_config(resolve(str(path))) for path in (tmp_path, tmp_path / "toy.gguf"))
-    assert plain_form("none", CPU, quantised) == ROWS and plain_form("int8", CPU, plain) == "q8_0"
-    with pytest.raises(ConfigError, match=r"^--quantization int8 needs a CPU, this engine runs on cuda$"):
-        plain_form("int8", torch.device("cuda"), plain)
+    here, gpu = Target(Platform.of(CPU), torch.float32), Target(Platform("nvidia", "sm90"), torch.float32)
+    assert form_of_plain("none", here, quantised) == ROWS and form_of_plain("int8", here, plain) == "q8_0"
+    with pytest.raises(ConfigError, match=r"^--quantization int8 needs a CPU, this engine runs on nvidia$"):
+        form_of_plain("int8", gpu, plain)
     with pytest.raises(ConfigError, match=r"^--quantization int8: the weights of .*toy.gguf are quantised already$"):
-        plain_form("int8", CPU, quantised)
+        form_of_plain("int8", here, quantised)

@@ -144,7 +144,7 @@ def test_ranks_agree_on_everything_that_they_were_told_but_what_is_their_own() -
         "dtype": "bfloat16", "load_format": "dummy", "max_model_len": 9, "block_size": 128, "max_num_seqs": 9,
         "max_num_batched_tokens": 99, "max_queued_requests": 9, "max_queue_seconds": 9.0, "tps_floor": 9.0,
         "session_admission": False, "enable_prefix_caching": False, "kv_cache_bytes": 9, "overlap": 0, "seed": 9,
-        "watchdog_seconds": 9.0,
+        "watchdog_seconds": 9.0, "quantization": "int8",
     }  # fmt: skip
     assert set(others) | load.OWN == set(EngineConfig.__struct_fields__)
     flags = {flag.field: flag.name for flag in FLAGS}
