@@ -6,9 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-}
 python=${PYTHON:-python3}
-want=$(cat constraints.txt pyproject.toml setup.py csrc/* tokenspeed/_core/*.p[yx][xd] tokenspeed/_core/*.pxi kernels/cpu/*.{h,cc,pyx} | sha256sum | cut -c1-16)
+want=$(cat constraints.txt pyproject.toml setup.py csrc/* tokenspeed/_core/*.{pyx,pxd,pxi} tokenspeed/engine/*.pyx kernels/cpu/*.{h,cc,pyx,pxi} |
+    sha256sum | cut -c1-16)
 stamp=.venv/tokenspeed-installed
-if [ -f "$stamp" ] && grep -qx "$want ${extras:-base}" "$stamp"; then exit 0; fi
+# What was installed with extras has everything that is asked for without any.
+if [ -f "$stamp" ] && grep -qx "$want ${extras:-.*}" "$stamp"; then exit 0; fi
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
 command -v g++ >/dev/null || { echo "a C++20 compiler (g++) is needed" >&2; exit 1; }
