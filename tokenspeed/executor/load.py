@@ -131,9 +131,13 @@ def load_executor(
 
 
 def form_of_plain(quantization: Quantization, target: Target, config: ModelConfig) -> str:
-    """The form that matrices of plain numbers get. Raises `ConfigError` where they cannot be rounded."""
+    """The form that matrices of plain numbers get. Raises `ConfigError` where they cannot be rounded, and for a choice
+    of kernels that cannot be honoured."""
     if quantization == "none":
-        return plain_form(target)
+        try:
+            return plain_form(target)
+        except KernelError as error:
+            raise ConfigError(str(error)) from error
     if target.platform.vendor != "cpu":
         raise ConfigError(f"--quantization {quantization} needs a CPU, this engine runs on {target.platform.vendor}")
     if config.dtype == "quantised":
