@@ -24,7 +24,7 @@ from tests.executor.test_gpu_executor import CPU, OPS
 from tests.models.families import write
 from tests.parallel.pool import started
 from tests.toy import greedy
-from tokenspeed.batch import Int32Array, JointPlan, Logprobs, Plan, PlanBuffers, StepResult
+from tokenspeed.batch import Int32Array, JointBuffers, JointPlan, Logprobs, Plan, PlanBuffers, StepResult
 from tokenspeed.errors import InvariantBroken
 from tokenspeed.executor.cpu import CpuExecutor
 from tokenspeed.executor.gpu import GpuExecutor
@@ -233,7 +233,7 @@ def test_masks_reach_the_rank_that_decides(make: Any) -> None:
     buffers = ranks.new_buffers()
     plans = []
     for own in buffers:
-        assert hasattr(own, "parts")
+        assert isinstance(own, JointBuffers)
         parts = []
         for part, rows in zip(own.parts, (2, 1), strict=True):
             part.row_slot[:rows], part.row_new[:rows], part.row_computed[:rows] = range(rows), 1, 0
