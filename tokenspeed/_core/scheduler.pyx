@@ -350,15 +350,6 @@ def siphash(key, data):
 
 
 def block_hashes(key, salt, tokens, block_size):
-    cdef const int32_t[::1] view = ids(tokens, "tokens")
-    cdef Py_ssize_t size = whole(block_size, "block_size", 1, MOST)
-    cdef bytes salt_bytes = octets(salt, "salt")
-    cdef unique_ptr[ChainHasher] hasher
-    hasher.reset(new ChainHasher(key_of(key)))
-    cdef Hash chain = hasher.get().root(as_bytes(salt_bytes, len(salt_bytes)))
-    cdef Py_ssize_t start
-    hashes = []
-    for start in range(0, view.shape[0] - size + 1, size):
-        chain = hasher.get().next(chain, TokenSpan(&view[start], size))
-        hashes.append(<bytes>digest(chain))
-    return hashes
+    cdef PromptHashes prompt = PromptHashes(key, salt, tokens, block_size)
+    cdef size_t block
+    return [<bytes>digest(prompt.hashes[block]) for block in range(prompt.hashes.size())]
