@@ -1,7 +1,8 @@
 """`python -m tokenspeed.bench NAME …`: benchmark programs.
 
 `serve` measures a running server over HTTP, `control` the control plane alone, `decode` the engine without a front end,
-`agentic` sessions of agents on the engine, `front` the front end without an engine, `grammars` structured output.
+`agentic` sessions of agents on the engine, `front` the front end without an engine, `gateway` its gRPC door, `grammars`
+structured output.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def main() -> int:
     front.add_flags(
         programs.add_parser("front", help="what the front end costs a streamed token", description=front.__doc__)
     )
+    front.add_flags(
+        programs.add_parser("gateway", help="the same of a token over gRPC, which needs the extra smg")
+    )
     grammars.add_flags(
         programs.add_parser("grammars", help="what structured output costs", description=grammars.__doc__)
     )
@@ -41,9 +45,19 @@ def main() -> int:
         "decode": decode.main,
         "agentic": agentic.main,
         "front": front.main,
+        "gateway": _gateway,
         "grammars": grammars.main,
     }
     return mains[options.program](options)
+
+
+def _gateway(options: argparse.Namespace) -> int:
+    try:
+        from tokenspeed.bench import gateway  # noqa: PLC0415  (an extra)
+    except ModuleNotFoundError as error:
+        print(f"gateway: needs the package {error.name}: pip install 'tokenspeed[smg]'", file=sys.stderr)
+        return 2
+    return gateway.main(options)
 
 
 if __name__ == "__main__":

@@ -127,13 +127,13 @@ def _chat(number: int, tokens: int, probed: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def stub_server(vocabulary: int, rate: float) -> Iterator[tuple[int, int, Path]]:
+def stub_server(vocabulary: int, rate: float, door: str = "http") -> Iterator[tuple[int, int, Path]]:
     """Port and process id of a server, and the file in which the stub engine writes when it sent each token."""
     with tempfile.TemporaryDirectory(prefix="tokenspeed-bench-") as name:
         folder, times = Path(name), Path(name) / "times"
         write_checkpoint(folder, vocabulary, CONTEXT)
         environment = {**os.environ, "TOKENSPEED_STUB_RATE": str(rate), "TOKENSPEED_STUB_TIMES": str(times)}
-        command = [sys.executable, "-m", "tokenspeed.bench.stub_server", name]
+        command = [sys.executable, "-m", "tokenspeed.bench.stub_server", name, door]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with subprocess.Popen(command, env=environment, text=True, **pipes) as server:  # type: ignore[call-overload]
             try:
@@ -186,16 +186,15 @@ async def measured(
         listening.append(one)
     asking = None if bodies is None else asyncio.create_task(bodies.run())
     await asyncio.sleep(OPENING_SECONDS)
-    before_cpu, before_kernel = _cpu(process)
+    before_cpu, before_kernel = processor_seconds(process)
     began = time.monotonic()
     await asyncio.gather(*(one.done for one in listening))
-    cpu, kernel = _cpu(process)
+    cpu, kernel = processor_seconds(process)
     ended = time.monotonic()
     if asking is not None:
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-    lines = [line.split() for line in times.read_text().splitlines()]
-    sent = {int(seed): [float(part) for part in parts] for seed, *parts in lines}
+    sent = sent_times(times)
     departed = [at for number in range(streams) for at in sent[number] if at > began]
     delays = [
         arrived - at
@@ -208,7 +207,13 @@ async def measured(
     return Run(name, len(departed), spent, of_it, max(departed) - began, ended - began, delays, count)
 
 
-def _cpu(process: int) -> tuple[float, float]:
+def sent_times(times: Path) -> dict[int, list[float]]:
+    """When the stub engine sent each token, by the seeds of the requests."""
+    lines = [line.split() for line in times.read_text().splitlines()]
+    return {int(seed): [float(part) for part in parts] for seed, *parts in lines}
+
+
+def processor_seconds(process: int) -> tuple[float, float]:
     """Seconds of processor time that a process has used, and how much of it in the kernel, on Linux."""
     user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
     tick = os.sysconf("SC_CLK_TCK")

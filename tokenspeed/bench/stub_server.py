@@ -1,6 +1,7 @@
-"""The real front end before a stub engine: `python -m tokenspeed.bench.stub_server CHECKPOINT`.
+"""The real front end before a stub engine: `python -m tokenspeed.bench.stub_server CHECKPOINT DOOR`.
 
-Prints its address when it serves, and ends with its standard input.
+The door is http, grpc, or grpc-each: there no two tokens wait for each other. Prints its port when it serves, and ends
+with its standard input.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tokenspeed.engine.async_engine import AsyncEngine
 from tokenspeed.engine.link import ProcessLink
 from tokenspeed.entrypoints.auth import Keys
 from tokenspeed.entrypoints.door import Door
-from tokenspeed.entrypoints.life import SWITCH_SECONDS, freeze_loaded
+from tokenspeed.entrypoints.life import SWITCH_SECONDS, Face, freeze_loaded
 from tokenspeed.entrypoints.limits import Limits
 from tokenspeed.entrypoints.listen import bind
 from tokenspeed.entrypoints.server import Server
@@ -28,21 +29,37 @@ class StubLink(ProcessLink):
     program = "tokenspeed.bench.stub_engine"
 
 
-async def serve(checkpoint: str) -> None:
+async def serve(checkpoint: str, kind: str) -> None:
     """Serve until standard input ends."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    listener = bind("127.0.0.1", 0)
     engine = AsyncEngine(EngineConfig(model=checkpoint, load_format="dummy"), link=StubLink(log_level="warning"))
     door = Door(engine, keys=Keys((), ()), limits=Limits(), served_names=("stub",))
-    server = Server(door, listener)
+    server, port = _http(door) if kind == "http" else _grpc(door, each=kind == "grpc-each")
     await engine.start()
     await server.start()
     freeze_loaded()
-    print(listener.getsockname()[1], flush=True)
+    print(port, flush=True)
     await asyncio.to_thread(sys.stdin.read)
-    await server.stop(0.0)
+    server.drain()
+    await engine.stop(0.0)
+    await server.close()
+
+
+def _http(door: Door) -> tuple[Face, int]:
+    listener = bind("127.0.0.1", 0)
+    return Server(door, listener), listener.getsockname()[1]
+
+
+def _grpc(door: Door, each: bool) -> tuple[Face, int]:
+    from tokenspeed.entrypoints.grpc.server import GrpcServer  # noqa: PLC0415  (an extra)
+
+    pause = {"pause_beside": lambda streams: 0.0} if each else {}
+    server = GrpcServer(
+        door.engine, host="127.0.0.1", port=0, keys=door.keys, limits=door.limits, metrics=door.metrics, **pause
+    )
+    return server, server.port
 
 
 if __name__ == "__main__":
     configure_logging("warning", "text", role="api")
-    uvloop.run(serve(sys.argv[1]))
+    uvloop.run(serve(*sys.argv[1:]))

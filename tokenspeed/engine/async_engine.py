@@ -203,6 +203,7 @@ class AsyncEngine:
         prompt_cache_key: str = "",
         tps_floor: float | None = None,
         make_ending: Callable[[], Ending] | None = None,
+        texts: bool = True,
     ) -> Stream:
         """Check a request whole and queue it, or raise a `RequestError`; nothing has been streamed then.
 
@@ -211,7 +212,8 @@ class AsyncEngine:
         salts) are turns of one session; without one they are recognised by the prompt that they continue.
         `tps_floor` > 0 is a promise of tokens per second: the request is refused (`FloorNotKept`) where it could
         not be kept. 0 is none, None the engine's. `make_ending` makes, for each choice, what ends it by its text
-        where no stop string can say so; the finish reason is then `stop`. With n > 1 this returns when the first
+        where no stop string can say so; the finish reason is then `stop`. Without `texts` the outputs may have none:
+        whoever wants token ids alone does not pay for a detokenizer. With n > 1 this returns when the first
         choice has its first token, unless the prompt is shorter than a KV block: the others then find it in the cache.
         """
         terms = Terms.checked(
@@ -229,7 +231,7 @@ class AsyncEngine:
         stream = Stream(
             request_id or f"req-{uuid.uuid4().hex}",
             taken.ids,
-            [intake.choice(next(self._ids), index, params, eos, make_ending) for index in range(params.n)],
+            [intake.choice(next(self._ids), index, params, eos, make_ending, texts) for index in range(params.n)],
             abort_choice=lambda id: self._link.send(Abort(id)),
             finish_choice=lambda id, tokens: self._link.send(FinishAt(id, tokens)),
             on_end=lambda stream: self._ended(stream, taken),

@@ -12,7 +12,7 @@ from tokenspeed.engine.lane import Gaps, Lane, Outlet, Pieces, Way
 from tokenspeed.engine.messages import ChoiceTokens
 from tokenspeed.errors import RequestError
 from tokenspeed.request import FinishReason, RequestOutput, SamplingParams
-from tokenspeed.text.stopping import OutputText
+from tokenspeed.text.stopping import NoText, OutputText
 from tokenspeed.text.tokenizer import Tokenizer
 
 _REASONS: dict[int, FinishReason] = {
@@ -59,7 +59,7 @@ class Choice:
         self,
         id: int,
         index: int,
-        text: OutputText,
+        text: OutputText | NoText,
         eos: frozenset[int],
         ending: Ending | None,
         pieces: Pieces | None = None,
@@ -106,6 +106,7 @@ class Stream(AsyncIterator[RequestOutput]):
         self._take: Take | None = None
         self._direct: Direct | None = None
         self._full = False
+        self._gathering = False
         self._raised: Exception | None = None
         self._error: RequestError | None = None
 
@@ -198,7 +199,8 @@ class Stream(AsyncIterator[RequestOutput]):
     def _push(self, output: RequestOutput) -> None:
         if self._take is None:
             self._pending.append(output)
-            self._notify()
+            if not self._gathering:
+                self._notify()
             return
         try:
             self._full = self._take(output)
@@ -245,14 +247,36 @@ class Stream(AsyncIterator[RequestOutput]):
             raise self._error
         return self._open > 0
 
-    async def _news(self) -> None:
-        """Wait for an output or an error; cancelling aborts the request."""
-        self._waiter = asyncio.get_running_loop().create_future()
+    async def _news(self, pause: float = 0.0) -> None:
+        """Wait for an output or an error, or for `pause` seconds or an end; cancelling aborts the request."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        self._gathering = pause > 0
+        timer = loop.call_later(pause, self._notify) if self._gathering else None
         try:
             await self._waiter
         except asyncio.CancelledError:
             await self.abort()
             raise
+        finally:
+            self._gathering = False
+            if timer is not None:
+                timer.cancel()
+
+    async def batch(self, pause: float = 0.0) -> list[RequestOutput]:
+        """All outputs since the last call, at least one; none after the last. Instead of iterating.
+
+        They first gather for `pause` seconds, unless everything ends before.
+        """
+        if pause > 0 and self._open and self._error is None:
+            await self._news(pause)
+        while not self._pending and self._open and self._error is None:
+            await self._news()
+        if not self._pending and self._error is not None:
+            raise self._error
+        outputs = list(self._pending)
+        self._pending.clear()
+        return outputs
 
     async def each(
         self, take: Take, room: Callable[[], Awaitable[None]], direct: Direct | None = None
@@ -317,6 +341,12 @@ def new_choice(
     eos: frozenset[int],
     ending: Ending | None,
     pieces: Pieces | None = None,
+    texts: bool = True,
 ) -> Choice:
-    """A choice with its own detokenizer and stop-string matcher. `pieces` are those of the tokenizer."""
-    return Choice(id, index, OutputText(tokenizer, params, eos_token_ids=eos), eos, ending, pieces)
+    """A choice with its own detokenizer and stop-string matcher; without them where nothing needs its text.
+
+    `pieces` are those of the tokenizer.
+    """
+    if texts or params.stop or ending is not None:
+        return Choice(id, index, OutputText(tokenizer, params, eos_token_ids=eos), eos, ending, pieces)
+    return Choice(id, index, NoText(), eos, ending)

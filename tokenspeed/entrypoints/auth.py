@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
@@ -23,6 +23,11 @@ class Keys:
         self._user = [_digest(key) for key in user_keys]
         self._admin = [_digest(key) for key in admin_keys]
 
+    def admits(self, headers: Mapping[str, str]) -> bool:
+        """Whether whoever sent these headers, found by `Authorization` and `x-api-key`, may use the model."""
+        digest = _digest(_presented(headers) or "")
+        return not self._user or _among(digest, self._user) or _among(digest, self._admin)
+
     def check(self, request: web.Request) -> str:
         """Let a request pass or raise 401 or 403. The result names the tenant, "" when there are no user keys."""
         path = request.path
@@ -31,7 +36,7 @@ class Keys:
         admin_only = path in ADMIN_ROUTES
         if not self._user and not admin_only:
             return ""
-        presented = _presented(request)
+        presented = _presented(request.headers)
         digest = _digest(presented or "")
         is_admin, is_user = _among(digest, self._admin), _among(digest, self._user)
         if presented is not None and (is_admin or (is_user and not admin_only)):
@@ -50,12 +55,12 @@ class Keys:
         )
 
 
-def _presented(request: web.Request) -> str | None:
-    header = request.headers.get("Authorization")
+def _presented(headers: Mapping[str, str]) -> str | None:
+    header = headers.get("Authorization")
     if header is not None:
         scheme, _, key = header.partition(" ")
         return key.strip() if scheme.lower() == "bearer" else ""
-    return request.headers.get("x-api-key")
+    return headers.get("x-api-key")
 
 
 def _digest(key: str) -> bytes:

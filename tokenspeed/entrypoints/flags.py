@@ -32,6 +32,42 @@ MetricsCompat = Literal["none", "vllm"]
 ReasoningField = Literal["reasoning_content", "reasoning", "both"]
 
 
+GRPC_PORT = 50051
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A server program: its module, what it does, whether it speaks HTTP, and the fields that it has no flags for.
+
+    One without HTTP serves gRPC on --port.
+    """
+
+    module: str
+    description: str
+    http: bool = True
+    without: frozenset[str] = frozenset()
+
+
+HTTP = Program("tokenspeed.entrypoints.api", "Serve a model over HTTP, and over gRPC besides with --grpc-port.")
+GRPC = Program(
+    "tokenspeed.entrypoints.grpc",
+    "Serve a model over gRPC, for the Shepherd Model Gateway.",
+    http=False,
+    without=frozenset(
+        {
+            "admin_api_keys",
+            "allowed_origins",
+            "grpc_port",
+            "metrics_compat",
+            "reasoning_field",
+            "reasoning_parser",
+            "tool_call_parser",
+            "uds",
+        }
+    ),
+)
+
+
 def _names(parsers: Iterable[str]) -> str:
     return ", ".join([AUTO, NONE, *parsers])
 
@@ -115,6 +151,7 @@ FLAGS = (
     Flag("--host", "host", str, "address to listen on"),
     Flag("--port", "port", int, "port to listen on; 0 takes a free one"),
     Flag("--uds", "uds", str, "listen on this Unix socket instead"),
+    Flag("--grpc-port", "grpc_port", int, "serve gRPC on this port of --host besides, for the SMG gateway; 0: any"),
     Flag("--api-key", "api_keys", list[str], f"keys that clients must send; or set {ENV_API_KEY}"),
     Flag("--admin-api-key", "admin_api_keys", list[str], f"keys for admin routes; or set {ENV_ADMIN_API_KEY}"),
     Flag(
@@ -150,6 +187,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     uds: str | None = None
+    http: bool = True
+    grpc_port: int | None = None
     api_keys: list[str] = []
     admin_api_keys: list[str] = []
     allowed_origins: list[str] = []
@@ -181,8 +220,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"--engine-silence must be 0 or between 2 and 86400 seconds, got {self.engine_silence:g}"
             )
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port must be between 0 and 65535, got {self.port}")
+        self._check_ports()
         if not 0 <= self.shutdown_grace <= 86400:
             raise ConfigError(f"--shutdown-grace must be between 0 and 86400 seconds, got {self.shutdown_grace:g}")
         for flag, keys in (("--api-key", self.api_keys), ("--admin-api-key", self.admin_api_keys)):
@@ -192,21 +230,37 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("--served-model-name must not be empty")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("--ssl-keyfile and --ssl-certfile must be given together")
-        if self.uds is None and not (self.api_keys or self.insecure or is_loopback(self.host)):
+        by_network = self.uds is None or self.grpc_port is not None
+        if by_network and not (self.api_keys or self.insecure or is_loopback(self.host)):
             raise ConfigError(f"--host {self.host} is public: give --api-key, or --insecure to serve everybody")
 
+    def _check_ports(self) -> None:
+        ports = [("--port", self.port)] if self.http else []
+        if self.grpc_port is not None:
+            ports.append(("--grpc-port" if self.http else "--port", self.grpc_port))
+        for flag, port in ports:
+            if not 0 <= port <= 65535:
+                raise ConfigError(f"{flag} must be between 0 and 65535, got {port}")
+        if self.http and self.uds is None and self.grpc_port == self.port != 0:
+            raise ConfigError(f"--grpc-port must be another port than --port, got {self.port} for both")
 
-def parse_flags(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
+
+def parse_flags(
+    arguments: Sequence[str], environment: Mapping[str, str], program: Program = HTTP
+) -> ServerConfig:
     """Resolve arguments, the --config file and the environment, or raise `ConfigError` in one line."""
-    given = vars(_parser().parse_args(arguments))
+    flags = [flag for flag in FLAGS if flag.field not in program.without]
+    given = vars(_parser(program, flags).parse_args(arguments))
     path = given.pop("config")
-    values: dict[str, Any] = {} if path is None else _read_file(path)
-    for flag in FLAGS:
+    values: dict[str, Any] = {} if path is None else _read_file(path, flags)
+    for flag in flags:
         value = given[flag.field]
         if value is not None:
             values[flag.field] = convert(flag, value, strict=False)
+    if not program.http:
+        values |= {"http": False, "grpc_port": values.pop("port", GRPC_PORT)}
     for field, variable in (("api_keys", ENV_API_KEY), ("admin_api_keys", ENV_ADMIN_API_KEY)):
-        if not values.get(field) and environment.get(variable):
+        if field not in program.without and not values.get(field) and environment.get(variable):
             values[field] = [environment[variable]]
     parallel = Parallel(**{name: values.pop(name) for name in Parallel.__struct_fields__ if name in values})
     engine = EngineConfig(
@@ -223,18 +277,17 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m tokenspeed.entrypoints.api", description="Serve a model over HTTP.", allow_abbrev=False
-    )
+def _parser(program: Program, flags: Iterable[Flag]) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"python -m {program.module}", description=program.description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", metavar="FILE", help="YAML file with these flags as keys; flags win over it")
     defaults = {
         **{field.name: field.default for field in msgspec.structs.fields(EngineConfig)},
         **{field.name: field.default for field in msgspec.structs.fields(Parallel)},
         **{field.name: field.default for field in msgspec.structs.fields(ServerConfig)},
+        **({} if program.http else {"port": GRPC_PORT}),
     }
-    for flag in FLAGS:
+    for flag in flags:
         default = defaults[flag.field]
         shown = f" (default: {default})" if isinstance(default, (int, float, str)) else ""
         options: dict[str, Any] = {"dest": flag.field, "default": None, "help": (flag.help + shown).replace("%", "%%")}
@@ -248,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str, flags: Iterable[Flag]) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]  # noqa: PLC0415  (30 ms that most starts do not need)
 
     try:
@@ -261,7 +314,7 @@ def _read_file(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(parsed, dict):
         raise ConfigError(f"--config {path} must hold a mapping of flags to values")
-    known = {flag.name.removeprefix("--"): flag for flag in FLAGS}
+    known = {flag.name.removeprefix("--"): flag for flag in flags}
     values: dict[str, Any] = {}
     for key, value in parsed.items():
         flag = known.get(str(key).replace("_", "-"))

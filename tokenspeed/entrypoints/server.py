@@ -39,17 +39,24 @@ class Server:
             lambda: Connection(inner, loop, self._door.limits), sock=self._listener, ssl=self._tls, backlog=BACKLOG
         )
 
-    async def stop(self, grace: float) -> None:
-        """Refuse new requests with 503, let admitted ones end within `grace` seconds, close everything.
-
-        The engine is stopped too: it is the one that knows when its streams have ended. After a cancelled call,
-        another one with less grace is fine.
-        """
+    def drain(self) -> None:
+        """Refuse new requests with 503."""
         self._door.draining = True
-        await self._door.engine.stop(grace)
+
+    async def close(self) -> None:
+        """Close every connection, slow clients' after `LAST_WORDS_SECONDS`. Idempotent."""
         if self._server is not None:
             self._server.close()
         if not self._closing:
             self._closing = True
             await self._runner.cleanup()
+
+    async def stop(self, grace: float) -> None:
+        """Drain, let admitted requests end within `grace` seconds, stop the engine, close.
+
+        The engine is the one that knows when its streams have ended.
+        """
+        self.drain()
+        await self._door.engine.stop(grace)
+        await self.close()
         self.stopped = True

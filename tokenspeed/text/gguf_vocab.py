@@ -20,6 +20,7 @@ from tokenspeed.errors import CheckpointError
 from tokenspeed.text.hf import SPACE, LibraryTokenizer
 from tokenspeed.text.tokenizer import Tokenizer
 
+PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -86,8 +87,16 @@ SPLITTINGS: dict[str, Splitting] = {
 }
 
 
+Description = tuple[dict[str, Any], dict[str, Any]]
+
+
 def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Tokenizer:
-    """The tokenizer that the metadata of a GGUF file describes. `name` is what errors call the file.
+    """The tokenizer that the metadata of a GGUF file describes; raises what `gguf_description` does."""
+    return LibraryTokenizer(*gguf_description(metadata, name), name)
+
+
+def gguf_description(metadata: Mapping[str, Any], name: str) -> Description:
+    """The content of a tokenizer.json and of a tokenizer_config.json. `name` is what errors call the file.
 
     Raises `CheckpointError` naming file and key, for an unknown kind of vocabulary or splitting too.
     """
@@ -99,7 +108,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     raise CheckpointError(f"{name}: tokenizer.ggml.model {kind!r} is not supported (gpt2, llama are)")
 
 
-def _byte_level(metadata: Mapping[str, Any], name: str) -> Tokenizer:
+def _byte_level(metadata: Mapping[str, Any], name: str) -> Description:
     pre = metadata.get("tokenizer.ggml.pre", "default")
     splitting = SPLITTINGS.get(pre) if isinstance(pre, str) else None
     if splitting is None:
@@ -129,10 +138,10 @@ def _byte_level(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         "decoder": byte_level,
         "model": model,
     }
-    return LibraryTokenizer(spec, _config(metadata, tokens, splitting.adds_bos, name), name)
+    return spec, _config(metadata, tokens, splitting.adds_bos, name)
 
 
-def _sentencepiece(metadata: Mapping[str, Any], name: str) -> Tokenizer:
+def _sentencepiece(metadata: Mapping[str, Any], name: str) -> Description:
     tokens, types = _tokens(metadata, name)
     scores = _list(metadata, "tokenizer.ggml.scores", float, name)
     if len(scores) != len(tokens):
@@ -166,7 +175,7 @@ def _sentencepiece(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         "decoder": {"type": "Sequence", "decoders": [shown, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": model,
     }
-    return LibraryTokenizer(spec, _config(metadata, tokens, True, name), name)
+    return spec, _config(metadata, tokens, True, name)
 
 
 def merges_of_scores(scores: Mapping[str, float]) -> list[list[str]]:
@@ -205,7 +214,7 @@ def _list(metadata: Mapping[str, Any], key: str, kind: type, name: str) -> list[
 
 def _added(tokens: Sequence[str], types: Sequence[int]) -> list[dict[str, Any]]:
     return [
-        {"id": index, "content": token, "special": kind != USER_DEFINED}
+        {"id": index, "content": token, "special": kind != USER_DEFINED, **PLAIN_TOKEN}
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if token and kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]

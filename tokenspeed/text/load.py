@@ -70,7 +70,7 @@ def _described(path: Path, gguf: bool) -> _Described:
         with GGUFFile(path) as file:
             metadata = file.metadata
         made = gguf_tokenizer(metadata, str(path))
-        return _Described(made, _gguf_templates(metadata), _gguf_special_tokens(metadata), str(path))
+        return _Described(made, gguf_templates(metadata), gguf_special_tokens(metadata), str(path))
     folder = path if path.is_dir() else path.parent
     config = _config(folder)
     made = _tokenizer_file(path, config)
@@ -107,7 +107,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _templates_of(source: Source) -> tuple[dict[str, str], str]:
     if source.kind == "gguf":
         with GGUFFile(source.path) as file:
-            return _gguf_templates(file.metadata), str(source.path)
+            return gguf_templates(file.metadata), str(source.path)
     return _folder_templates(source.path, _config(source.path))
 
 
@@ -138,13 +138,15 @@ def _listed(value: Any, name: str) -> dict[str, str]:
     return templates
 
 
-def _gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+def gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates in a GGUF file's metadata, by name."""
     prefix = "tokenizer.chat_template"
     found = {key: value for key, value in metadata.items() if key.startswith(prefix) and isinstance(value, str)}
     return {key.removeprefix(prefix).removeprefix(".") or DEFAULT: value for key, value in found.items()}
 
 
-def _gguf_special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+def gguf_special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The spelling of the special tokens that a GGUF file's metadata names."""
     keys = {
         "bos_token": "bos_token_id",
         "eos_token": "eos_token_id",

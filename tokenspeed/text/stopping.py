@@ -70,6 +70,25 @@ class StopStrings:
 stop_strings = lru_cache(maxsize=64)(StopStrings)
 
 
+class NoText:
+    """In the place of `OutputText` for a choice whose text nobody wants: counts its tokens."""
+
+    stops = ""
+    rest = None
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+
+    def feed(self, token_ids: Sequence[int], finished: bool = False) -> TextDelta:
+        """Count tokens."""
+        self._num_tokens += len(token_ids)
+        return TextDelta("", self._num_tokens, None)
+
+    def passed(self, token_ids: Sequence[int]) -> str:
+        """Count tokens."""
+        return self.feed(token_ids).text
+
+
 class OutputText:
     """Turns the tokens of one choice into what its client may see.
 
