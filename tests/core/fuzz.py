@@ -20,6 +20,7 @@ import numpy as np
 
 from tests.core.oracle import Oracle
 from tests.core.oracle_cache import Copy
+from tests.core.oracle_log import Names, Reader
 from tests.core.oracle_requests import Output, Request, Step
 from tests.core.shadow import TO_HOST, Shadow
 from tests.core.world import World
@@ -54,6 +55,10 @@ class Fuzz:
         self.oracle = Oracle(
             predict=self.core.predict_seconds, seconds_of_prompt=self.core.seconds_of_prompt, **sizes
         )
+        self.names, self.reader = Names(key, w.limits.block_size), Reader(w.limits.block_size)
+        self.logs = seed % 4 > 0
+        if self.logs:
+            self.core.open_cache_log()
         self.shadow = Shadow(w.num_blocks, w.num_host_blocks, w.limits.block_size, VOCAB, self.rng)
         self.shadow.not_finite = w.not_finite
         self.buffers = [PlanBuffers(w.limits) for _ in range(2)]
@@ -312,6 +317,7 @@ class Fuzz:
             "host blocks used": (stats.host_blocks_used, cache.num_places - cache.free_places),
             "copies in flight": (stats.copies_in_flight, len(cache.copies)),
             "sessions resident": (stats.sessions_resident, len(oracle.sessions.resident())),
+            "uncached tokens waiting": (stats.waiting_uncached_tokens, sum(r.uncached for r in oracle.waiting())),
             "sessions waiting": (stats.sessions_waiting, len(oracle.outside())),
             "preemptions": (stats.preemptions, oracle.preemptions),
             "prompt tokens": (stats.prompt_tokens, oracle.prompt_tokens),
@@ -323,9 +329,24 @@ class Fuzz:
         }
         different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
         assert not different, f"compiled and oracle differ: {different}"
+        self.compare_log()
         self.seen["sessions waited"] += stats.sessions_waiting > 0
         if oracle.requests and self.rng.random() < 0.1:
             self.compare_request(int(self.rng.choice(list(oracle.requests))))
+
+    def compare_log(self) -> None:
+        if self.calls % 3:  # some records wait to be read
+            return
+        told = [record for events in self.core.take_cache_events() for record in self.reader.read(events)]
+        log = self.oracle.cache.log
+        expected = self.names.records(log.take()) if self.logs else log.take()[:0]
+        assert told == expected, (told, expected)
+        for change, *_ in told:
+            self.seen[f"blocks {change.name}"] += 1
+        if self.logs:
+            cache = self.oracle.cache
+            findable = {key for key in [*cache.index, *cache.places] if not key[0]}
+            assert set(self.reader.live) == {self.names.of(key) for key in findable}
 
     def compare_request(self, request_id: int) -> None:
         request = self.oracle.requests[request_id]
