@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
 
 import numpy as np
 
+from tokenspeed._core import Scheduler
 from tokenspeed._core.scheduler import block_hashes
 from tokenspeed.batch import CacheChange, CacheEvents
 
@@ -125,3 +127,21 @@ class Reader:
                 told.append((CacheChange.CLEARED, name, None, ()))
         assert next(contents, None) is None, "tokens of no block"
         return told
+
+
+class LogReaders:
+    """The logs of a compiled scheduler, from its beginning on, and of its oracle, read side by side."""
+
+    def __init__(self, core: Scheduler, log: Log, hash_key: bytes, block_size: int) -> None:
+        self._core, self._log = core, log
+        self._names, self._reader = Names(hash_key, block_size), Reader(block_size)
+        core.open_cache_log()
+
+    def compare(self) -> Counter[str]:
+        """Both tell the same, and its reader knows of the blocks that can be found. How much was told."""
+        told = [record for events in self._core.take_cache_events() for record in self._reader.read(events)]
+        expected = self._names.records(self._log.take())
+        assert told == expected, (told, expected)
+        findable = {key for tier in self._log.tiers for key in tier if not key[0]}
+        assert set(self._reader.live) == set(map(self._names.of, findable))
+        return Counter(f"blocks {change.name}" for change, *_ in told)
