@@ -77,12 +77,12 @@ struct Load;     // with room on the device
 // Only a block table can make one, and only from the proof that the block's positions have landed.
 class Seal {
  public:
-  const Hash& hash() const { return hash_; }
+  const BlockContent& content() const { return content_; }
 
  private:
   friend class BlockTable;
-  explicit Seal(const Hash& hash) : hash_(hash) {}
-  const Hash& hash_;
+  explicit Seal(const BlockContent& content) : content_(content) {}
+  BlockContent content_;
 };
 
 // The copy of a ticket has landed, or has failed. Only the ledger of tickets can say so.

@@ -54,7 +54,8 @@ WritableBlock on(FreeBlock&& block, Open) {
 FullBlock on(WritableBlock&& block, Seal seal) {
   taken<WritableBlock, Seal>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
-  if (pool.index(seal.hash(), block.id_)) {
+  if (pool.index(seal.content().hash, block.id_)) {
+    pool.log_.filled(seal.content());
     pool[block.id_].kind = BlockPool::Kind::kSealed;
     return SealedBlock(pool, block.id_);
   }
@@ -72,14 +73,14 @@ SealedBlock on(CachedBlock&& block, Hit) {
 FreeBlock on(CachedBlock&& block, Evict) {
   taken<CachedBlock, Evict>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
-  pool.index_.erase(raw(block.id_));
+  pool.unindex(block.id_);
   return pool.reserve(block.id_);
 }
 
 FreeBlock on(CachedBlock&& block, Withdraw) {
   taken<CachedBlock, Withdraw>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
-  pool.index_.erase(raw(block.id_));
+  pool.unindex(block.id_);
   return pool.reserve(block.id_);
 }
 
@@ -87,7 +88,7 @@ WithdrawnBlock on(SealedBlock&& block, Withdraw) {
   taken<SealedBlock, Withdraw>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
   if (pool[block.id_].kind == BlockPool::Kind::kSealed) {  // else another holder was here before
-    pool.index_.erase(raw(block.id_));
+    pool.unindex(block.id_);
     pool[block.id_].kind = BlockPool::Kind::kWithdrawn;
   }
   return {pool, block.id_};
@@ -103,13 +104,13 @@ OffloadingBlock on(CachedBlock&& block, Offload event) {
 Offloaded on(OffloadingBlock&& block, Copied) {
   taken<OffloadingBlock, Copied>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
+  HostPool& host = *block.room_.pool_;
   const bool wanted = pool[block.id_].kind == BlockPool::Kind::kCopying;
+  // Into the one index before it leaves the other: it can be found all the time.
+  const bool kept = wanted && host.index(pool.hash(block.id_), block.room_.id_);
   pool.end_copy(block.id_);
   FreeBlock device = pool.reserve(block.id_);
-  HostPool& host = *block.room_.pool_;
-  if (!wanted || !host.index(pool.hash(block.id_), block.room_.id_)) {
-    return {std::move(device), std::move(block.room_)};
-  }
+  if (!kept) return {std::move(device), std::move(block.room_)};
   block.room_.pool_ = nullptr;
   return {std::move(device), HostBlock(host, block.room_.id_)};
 }
@@ -125,7 +126,9 @@ LoadingBlock on(HostBlock&& block, Load event) {
   taken<HostBlock, Load>();
   BlockPool& pool = *std::exchange(event.room.pool_, nullptr);
   const BlockId id = event.room.id_;
-  if (!pool.index(block.pool_->hash(block.id_), id)) throw InvariantBroken("a block is loaded that is on the device");
+  const Hash& hash = block.pool_->hash(block.id_);
+  if (!pool.index(hash, id)) throw InvariantBroken("a block is loaded that is on the device");
+  pool.log_.copied(hash);
   pool[id].kind = BlockPool::Kind::kCopying;
   return {pool, id, std::move(block)};
 }
@@ -151,10 +154,11 @@ BothFree on(LoadingBlock&& block, CopyFailed) {
 
 // --- the pool ---
 
-BlockPool::BlockPool(std::int32_t num_blocks, std::int32_t block_size)
+BlockPool::BlockPool(std::int32_t num_blocks, std::int32_t block_size, CacheLog& log)
     : block_size_(block_size),
       blocks_(static_cast<std::size_t>(num_blocks)),
       index_(num_blocks),
+      log_(log),
       cached_(num_blocks) {
   free_.reserve(blocks_.size());
   for (std::int32_t id = num_blocks; id-- > 0;) free_.push_back(BlockId{id});
@@ -193,7 +197,7 @@ void BlockPool::withdraw(const Hash& hash) {
   const Found found = find(hash);
   if (found.where == Found::Where::kNowhere) return;
   if (found.where == Found::Where::kInTransit) {
-    index_.erase(raw(found.id));
+    unindex(found.id);
     (*this)[found.id].kind = Kind::kUnwanted;
   } else if (!found.held) {
     const FreeBlock freed = on(take_cached(found.id), Withdraw{});
@@ -244,9 +248,14 @@ bool BlockPool::index(const Hash& hash, BlockId id) {
   return index_.insert(hash, raw(id));
 }
 
+void BlockPool::unindex(BlockId id) {
+  log_.lost(hash(id));
+  index_.erase(raw(id));
+}
+
 void BlockPool::end_copy(BlockId id) {
   ++gains_;  // who waited for it need not any more
-  if ((*this)[id].kind == Kind::kCopying) index_.erase(raw(id));
+  if ((*this)[id].kind == Kind::kCopying) unindex(id);
 }
 
 }  // namespace tokenspeed

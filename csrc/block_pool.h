@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "block.h"
+#include "cache_log.h"
 #include "hash_index.h"
 #include "lru.h"
 
@@ -16,7 +17,8 @@ namespace tokenspeed {
 
 class BlockPool {
  public:
-  BlockPool(std::int32_t num_blocks, std::int32_t block_size);
+  // `log` is told which blocks the index gains and loses.
+  BlockPool(std::int32_t num_blocks, std::int32_t block_size, CacheLog& log);
   BlockPool(const BlockPool&) = delete;
   BlockPool& operator=(const BlockPool&) = delete;
 
@@ -43,6 +45,7 @@ class BlockPool {
   std::int32_t drop_cached();
   // The hash of an indexed block.
   const Hash& hash(BlockId id) const { return index_.hash(raw(id)); }
+  const HashIndex& hashes() const { return index_; }
 
   std::int32_t block_size() const { return block_size_; }
   std::int32_t num_blocks() const { return static_cast<std::int32_t>(blocks_.size()); }
@@ -102,6 +105,7 @@ class BlockPool {
   void let_go(BlockId id);
   CachedBlock take_cached(BlockId id);
   bool index(const Hash& hash, BlockId id);
+  void unindex(BlockId id);
   // The copy is over, one way or the other: the block leaves the index unless it was withdrawn before.
   void end_copy(BlockId id);
 
@@ -112,6 +116,7 @@ class BlockPool {
   std::vector<Block> blocks_;
   std::vector<BlockId> free_;
   HashIndex index_;
+  CacheLog& log_;
   LruList cached_;
   std::uint64_t gains_ = 0;
 };

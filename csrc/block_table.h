@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "block_pool.h"
+#include "sequence.h"
 #include "steps.h"
 
 namespace tokenspeed {
@@ -30,12 +31,12 @@ class BlockTable {
   }
   void append(FreeBlock&& block) { entries_.emplace_back(on(std::move(block), Open{})); }
 
-  // Seals every block whose positions have all landed. `hashes` covers at least these.
-  void seal(Filled filled, std::span<const Hash> hashes) {
+  // Seals every block whose positions have all landed. `sequence` has hashed at least these.
+  void seal(Filled filled, const Sequence& sequence) {
     const auto full = static_cast<std::size_t>(filled.num_tokens() / block_size_);
     for (; num_full_ < full; ++num_full_) {
       Entry& entry = entries_[num_full_];
-      FullBlock block = on(std::move(std::get<WritableBlock>(entry)), Seal(hashes[num_full_]));
+      FullBlock block = on(std::move(std::get<WritableBlock>(entry)), Seal(sequence.block(num_full_)));
       std::visit([&entry]<class Full>(Full& b) { entry.emplace<Full>(std::move(b)); }, block);
     }
   }

@@ -148,6 +148,36 @@ std::optional<std::string> HostPool::check(std::span<const std::int32_t> reserve
   return check_hashes(index_, num_blocks(), belongs);
 }
 
+// --- the log of the prefix cache ---
+
+std::optional<std::string> CacheLog::check(const HashIndex& device, const HashIndex& host,
+                                           std::int32_t block_size) const {
+  if (!open_) return std::nullopt;
+  Tally findable;
+  std::size_t found = 0;
+  for (const HashIndex* index : {&device, &host}) {
+    for (const std::int32_t id : index->table()) {
+      if (id == HashIndex::kNone) continue;
+      const Hash& hash = index->hash(id);
+      const bool both = device.find(hash) != HashIndex::kNone && host.find(hash) != HashIndex::kNone;
+      const auto known = known_.find(hash);
+      if (known == known_.end() || known->second.tiers != 1 + both) return "the cache log miscounts a block's tiers";
+      if (both && index == &host) continue;
+      ++found;
+      if (!known->second.told) continue;
+      ++findable.blocks;
+      findable.hashes += hash.low;
+    }
+  }
+  if (found != known_.size()) return "the cache log has blocks that nobody can find";
+  if (findable != told_) return "whoever reads the cache log knows other blocks than can be found";
+  const auto is_stored = [](const CacheRecord& record) { return record.change == CacheChange::kStored; };
+  if (std::cmp_not_equal(tokens_.size(), std::ranges::count_if(records_, is_stored) * block_size)) {
+    return "the cache log does not have the tokens of its blocks";
+  }
+  return std::nullopt;
+}
+
 // --- sessions ---
 
 std::optional<std::string> Sessions::check(const std::unordered_map<const Session*, std::int32_t>& active) const {
@@ -195,7 +225,8 @@ std::optional<std::string> Scheduler::check() const {
   if (auto broken = check_requests()) return broken;
   if (auto broken = check_lists()) return broken;
   if (auto broken = check_blocks()) return broken;
-  return check_sessions();
+  if (auto broken = check_sessions()) return broken;
+  return cache_log_.check(pool_.hashes(), host_.hashes(), limits_.block_size);
 }
 
 std::optional<std::string> Scheduler::check_requests() const {
@@ -234,6 +265,7 @@ std::optional<std::string> Scheduler::check_requests() const {
 
 std::optional<std::string> Scheduler::check_lists() const {
   std::int32_t waiting = 0;
+  std::int64_t uncached = 0;
   std::int32_t running = 0;
   std::int32_t prefilling = 0;
   std::int32_t fetching = 0;
@@ -245,6 +277,7 @@ std::optional<std::string> Scheduler::check_lists() const {
     const auto* fetches = std::get_if<Fetching>(&request->state);
     const bool runs = prefills || fetches || std::holds_alternative<Decoding>(request->state);
     waiting += waits;
+    uncached += waits ? request->uncached : 0;
     prefilling += prefills;
     fetching += fetches != nullptr;
     running += runs;
@@ -266,6 +299,7 @@ std::optional<std::string> Scheduler::check_lists() const {
     if (slot_uses[i] != 1) return "slot " + number(static_cast<std::int64_t>(i)) + " has " + number(slot_uses[i]) + " owners";
   }
   if (waiting != ready_.size() + outside_.size()) return "waiting requests are miscounted";
+  if (uncached != counters_.waiting_uncached_tokens) return "prompt tokens that wait are miscounted";
   if (running != running_.size()) return "running requests are miscounted";
   if (std::cmp_not_equal(prefilling, prefilling_.size())) return "prefilling requests are miscounted";
   if (std::cmp_not_equal(fetching, fetching_.size())) return "fetching requests are miscounted";

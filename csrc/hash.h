@@ -16,6 +16,14 @@ struct Hash {
   friend bool operator==(const Hash&, const Hash&) = default;
 };
 
+// A full block of a chain, for as long as its sequence does not change.
+struct BlockContent {
+  const Hash& hash;
+  const Hash* previous;  // of the block before it, null: it is the first
+  std::span<const TokenId> tokens;
+  bool shared;  // with everybody: it was hashed without a salt
+};
+
 struct HashKey {
   std::uint64_t k0 = 0;
   std::uint64_t k1 = 0;

@@ -24,8 +24,8 @@ FreeHostBlock on(HostBlock&& block, Withdraw) {
   return pool.forget(block.id_);
 }
 
-HostPool::HostPool(std::int32_t num_blocks)
-    : kinds_(static_cast<std::size_t>(num_blocks), Kind::kFree), index_(num_blocks), resting_(num_blocks) {
+HostPool::HostPool(std::int32_t num_blocks, CacheLog& log)
+    : kinds_(static_cast<std::size_t>(num_blocks), Kind::kFree), index_(num_blocks), log_(log), resting_(num_blocks) {
   free_.reserve(kinds_.size());
   for (std::int32_t id = num_blocks; id-- > 0;) free_.push_back(HostId{id});
 }
@@ -60,7 +60,7 @@ void HostPool::withdraw(const Hash& hash) {
   if (found.where == Found::Where::kHere) {
     const FreeHostBlock freed = on(hold(found.id), Withdraw{});
   } else {
-    index_.erase(raw(found.id));
+    unindex(found.id);
     (*this)[found.id] = Kind::kWithdrawn;
   }
 }
@@ -85,12 +85,18 @@ void HostPool::put_back(HostId id) {
 
 bool HostPool::index(const Hash& hash, HostId id) {
   if (!index_.insert(hash, raw(id))) return false;
+  log_.copied(hash);
   (*this)[id] = Kind::kHeld;
   return true;
 }
 
+void HostPool::unindex(HostId id) {
+  log_.lost(hash(id));
+  index_.erase(raw(id));
+}
+
 FreeHostBlock HostPool::forget(HostId id) {
-  if ((*this)[id] == Kind::kHeld) index_.erase(raw(id));
+  if ((*this)[id] == Kind::kHeld) unindex(id);
   (*this)[id] = Kind::kReserved;
   return {*this, id};
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "block.h"
+#include "cache_log.h"
 #include "hash_index.h"
 #include "lru.h"
 
@@ -15,7 +16,8 @@ namespace tokenspeed {
 
 class HostPool {
  public:
-  explicit HostPool(std::int32_t num_blocks);
+  // `log` is told which blocks the index gains and loses.
+  HostPool(std::int32_t num_blocks, CacheLog& log);
   HostPool(const HostPool&) = delete;
   HostPool& operator=(const HostPool&) = delete;
 
@@ -36,6 +38,7 @@ class HostPool {
   // False once somebody has withdrawn a held block: its content must not be used.
   bool indexed(HostId id) const { return (*this)[id] != Kind::kWithdrawn; }
   const Hash& hash(HostId id) const { return index_.hash(raw(id)); }
+  const HashIndex& hashes() const { return index_; }
 
   std::int32_t num_blocks() const { return static_cast<std::int32_t>(kinds_.size()); }
   std::int32_t num_free() const { return static_cast<std::int32_t>(free_.size()); }
@@ -63,12 +66,14 @@ class HostPool {
   void put_free(HostId id);
   void put_back(HostId id);
   bool index(const Hash& hash, HostId id);
+  void unindex(HostId id);
   // The content of a held place is not needed any more: out of the index with it.
   FreeHostBlock forget(HostId id);
 
   std::vector<Kind> kinds_;
   std::vector<HostId> free_;
   HashIndex index_;
+  CacheLog& log_;
   LruList resting_;
   std::uint64_t gains_ = 0;
 };

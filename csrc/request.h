@@ -150,7 +150,7 @@ class Running : public Residence {
     computed_ += event.count;
   }
   void fill(Fill event) {
-    if (!sequence_->hashes().empty()) table_.seal(event.filled, sequence_->hashes());
+    if (!sequence_->hashes().empty()) table_.seal(event.filled, *sequence_);
   }
   std::optional<Ending> append(Append event) {
     --pending_;

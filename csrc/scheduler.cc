@@ -30,8 +30,8 @@ Scheduler::Scheduler(const Limits& limits, const PolicySettings& policy, bool pr
           limits.max_model_len,
           static_cast<std::int64_t>(std::min(limits.num_blocks, limits.max_blocks)) * limits.block_size))),
       hasher_(prefix_caching ? std::optional<ChainHasher>(key) : std::nullopt),
-      pool_(limits.num_blocks, limits.block_size),
-      host_(limits.num_host_blocks),
+      pool_(limits.num_blocks, limits.block_size, cache_log_),
+      host_(limits.num_host_blocks, cache_log_),
       slots_(limits.max_rows),
       sessions_(session_capacity(limits.num_blocks + limits.num_host_blocks)),
       now_(-std::numeric_limits<double>::infinity()),
@@ -121,10 +121,14 @@ std::optional<double> Scheduler::wait_for_room(double now) const {
 void Scheduler::enqueue(Request& request) {
   request.outside = request.session && !request.session->resident;
   (request.outside ? outside_ : ready_).push(request);
+  counters_.waiting_uncached_tokens += request.uncached;
   if (request.outside) looked_outside_ = UINT64_MAX;
 }
 
-void Scheduler::leave_queue(Request& request) { (request.outside ? outside_ : ready_).remove(request); }
+void Scheduler::leave_queue(Request& request) {
+  (request.outside ? outside_ : ready_).remove(request);
+  counters_.waiting_uncached_tokens -= request.uncached;
+}
 
 // --- ends ---
 
@@ -331,6 +335,20 @@ Misuse Scheduler::land_copies(std::span<const std::int32_t> landed, std::span<co
   for (const std::int32_t ticket : landed) copies_.land(TicketId{ticket}, false, arrive);
   for (const std::int32_t ticket : failed) copies_.land(TicketId{ticket}, true, arrive);
   return Misuse::kNone;
+}
+
+// --- the prefix cache ---
+
+std::int32_t Scheduler::drop_cached() {
+  const std::int32_t dropped = pool_.drop_cached() + host_.drop_resting();
+  cache_log_.dropped();
+  return dropped;
+}
+
+bool Scheduler::open_cache_log() {
+  if (arrivals_ > 0) return false;
+  cache_log_.open(static_cast<std::size_t>(limits_.num_blocks) + static_cast<std::size_t>(limits_.num_host_blocks));
+  return true;
 }
 
 // --- looking in ---

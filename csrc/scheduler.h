@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "block_pool.h"
+#include "cache_log.h"
 #include "copies.h"
 #include "host_pool.h"
 #include "policy.h"
@@ -99,6 +100,7 @@ struct Counters {
   std::int32_t copies_in_flight = 0;
   std::int32_t sessions_resident = 0;
   std::int32_t sessions_waiting = 0;  // requests of sessions that are not resident
+  std::int64_t waiting_uncached_tokens = 0;  // of those that wait, as they were when they were submitted
   std::int64_t preemptions = 0;
   std::int64_t prompt_tokens = 0;         // of first admissions
   std::int64_t cached_prompt_tokens = 0;  // of these, prefix hits
@@ -152,9 +154,13 @@ class Scheduler {
   // Copies between the tiers have ended.
   Misuse land_copies(std::span<const std::int32_t> landed, std::span<const std::int32_t> failed);
   // Frees every cached block that nobody holds, on both tiers; gives how many. Sessions keep their places.
-  std::int32_t drop_cached() { return pool_.drop_cached() + host_.drop_resting(); }
+  std::int32_t drop_cached();
   // What the last commit brought, until the next one.
   const std::vector<CommitOutput>& outputs() const { return outputs_; }
+
+  // From now on the log has every block that can be found, or no more. False: something may be cached already.
+  bool open_cache_log();
+  CacheLog& cache_log() { return cache_log_; }
 
   // Null: no such request, or it has ended.
   const Sequence* sequence_of(RequestId id) const;
@@ -221,6 +227,7 @@ class Scheduler {
   const PolicySettings policy_;
   const std::int32_t max_length_;
   const std::optional<ChainHasher> hasher_;
+  CacheLog cache_log_;
   BlockPool pool_;
   HostPool host_;
   SlotPool slots_;

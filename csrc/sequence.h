@@ -36,7 +36,8 @@ class Sequence {
         hasher_(hasher),
         block_size_(static_cast<std::size_t>(block_size)),
         prompt_length_(static_cast<std::int32_t>(prompt.size())),
-        reuse_prefix_(reuse_prefix) {
+        reuse_prefix_(reuse_prefix),
+        salted_(!salt.empty()) {
     std::ranges::sort(rule_.stop_ids);
     // Room for all that may come, so that a step allocates nothing; pages that are never written cost nothing.
     tokens_.reserve(static_cast<std::size_t>(rule_.max_length));
@@ -54,6 +55,10 @@ class Sequence {
   std::span<const TokenId> tokens() const { return tokens_; }
   // One for each block that the known tokens fill; none when the prefix cache is off.
   std::span<const Hash> hashes() const { return hashes_; }
+  // What the block of `hashes()[i]` holds.
+  BlockContent block(std::size_t i) const {
+    return {hashes_[i], i == 0 ? nullptr : &hashes_[i - 1], tokens().subspan(i * block_size_, block_size_), !salted_};
+  }
   // The hashes that may be matched: at least one known token is always computed, or nothing could be sampled.
   std::span<const Hash> matchable() const {
     if (!hasher_ || !reuse_prefix_) return {};
@@ -93,6 +98,7 @@ class Sequence {
   std::int32_t prompt_length_;
   std::int32_t untouched_blocks_ = INT32_MAX;
   bool reuse_prefix_;
+  bool salted_;
 };
 
 }  // namespace tokenspeed

@@ -342,3 +342,38 @@ class Outputs(msgspec.Struct, frozen=True):
     @property
     def stop_ids(self) -> Int32Array:
         return self._column("stop_id")
+
+
+class CacheChange(enum.IntEnum):
+    """What has become of KV blocks for those that look for a prefix. Values are shared with csrc/."""
+
+    STORED = 0
+    """One can be found from now on."""
+    REMOVED = 1
+    """One can be found no more, on no tier."""
+    CLEARED = 2
+    """None can be found any more."""
+
+
+CACHE_RECORD = np.dtype([("hash", np.int64), ("parent", np.int64), ("change", np.int32), ("chained", np.int32)])
+"""One of `CacheEvents.records`, as laid out by csrc/: `hash` is the low half of a block's, 0 where all are meant;
+`parent` is that of the block before it where a stored one is `chained` to one."""
+
+_CACHE_RECORD = struct.Struct("=qqii")
+
+
+class CacheEvents(msgspec.Struct, tag="cache_events", frozen=True):
+    """Which KV blocks of one pool have come to be found, and which no more, in the order in which that came about.
+
+    `records` are N of `CACHE_RECORD`; `token_ids` has those of the stored blocks one after another, int32, as many a
+    block as fit one. A block is told as stored again only after it was removed. One may be removed before the blocks
+    behind it in its chain.
+    """
+
+    pool: int
+    records: bytes
+    token_ids: bytes
+
+    def entries(self) -> Iterator[tuple[int, int, int, int]]:
+        """The records one by one: the fields of `CACHE_RECORD`."""
+        return _CACHE_RECORD.iter_unpack(self.records)

@@ -57,7 +57,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kept is refused. 0 is none; None steers for `STEERED_FLOOR` and refuses nobody. With `session_admission` a
     session counts with all its KV blocks, also between its turns, and sessions that do not fit wait instead of
     evicting each other; one that is expected to wait longer than `max_queue_seconds` is refused. `record` is a new
-    file for every call of the control plane, prompts included.
+    file for every call of the control plane, prompts included. With `cache_events` the engine tells which KV blocks are
+    cached, for `AsyncEngine.watch_cache`.
 
     `parallel` says over how many ranks the model lies, and how. An engine of several ranks ends when no step has landed
     for `watchdog_seconds` although one is in flight: a rank hangs.
@@ -83,6 +84,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_threads: int | None = None
     seed: int | None = None
     record: str | None = None
+    cache_events: bool = False
     parallel: Parallel = Parallel()
     watchdog_seconds: float = 60.0
 
@@ -112,6 +114,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"--tps-floor must be a number of at least 0, got {self.tps_floor:g}")
         if not 0 < self.watchdog_seconds < math.inf:
             raise ConfigError(f"--watchdog-seconds must be a number above 0, got {self.watchdog_seconds:g}")
+        if self.cache_events and not self.enable_prefix_caching:
+            raise ConfigError("--cache-events has nothing to tell with --no-enable-prefix-caching")
         if self.overlap not in (0, 1):
             raise ConfigError(f"--overlap must be 0 or 1, got {self.overlap}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "scheduler.h"
@@ -33,6 +34,7 @@ class Driver {
     hungry_ = chance(50);
     slow_copies_ = chance(40);
     slow_loads_ = chance(40);
+    if (seed % 4 && !scheduler_.open_cache_log()) fail("a log that begins with the scheduler was refused");
   }
 
   void run(std::int64_t operations) {
@@ -61,6 +63,10 @@ class Driver {
       advance();
       check();
     }
+    drop_cached();
+    check();
+    read_cache_log();
+    if (!told_.empty()) fail("blocks are left in the cache log at the end");
     const Counters end = scheduler_.counters();
     if (end.running + end.waiting + end.draining + end.copies_in_flight + end.blocks_used != 0) {
       fail("something is left at the end");
@@ -242,6 +248,20 @@ class Driver {
     if (scheduler_.commit(++committed_, tokens, counts, seconds) != Misuse::kNone) fail("a commit was refused");
     if (scheduler_.commit(committed_, tokens, counts, 0) != Misuse::kNoSuchStep) fail("a step was committed twice");
     ++changed_;
+    if (chance(50)) read_cache_log();
+  }
+
+  // Whoever reads it hears of a block's end only after its beginning, and in turns.
+  void read_cache_log() {
+    CacheLog& log = scheduler_.cache_log();
+    for (const CacheRecord& record : log.records()) {
+      if (record.change == CacheChange::kCleared) {
+        told_.clear();
+      } else if (record.change == CacheChange::kStored ? !told_.insert(record.hash).second : !told_.erase(record.hash)) {
+        fail("a block is told of twice");
+      }
+    }
+    log.taken();
   }
 
   void check() {
@@ -274,6 +294,7 @@ class Driver {
   std::vector<Ticket> tickets_;
   std::vector<std::int64_t> ids_;
   std::vector<std::int32_t> samples_;
+  std::unordered_set<std::int64_t> told_;  // of the cache log
   RequestId ids_given_ = 0;
   int overlap_ = 0;
   bool hungry_ = false;  // requests are short and go on to their greatest length, so that they starve each other

@@ -20,6 +20,7 @@ import numpy as np
 
 from tests.core.oracle import Oracle
 from tests.core.oracle_cache import Copy
+from tests.core.oracle_log import LogReaders
 from tests.core.oracle_requests import Output, Request, Step
 from tests.core.shadow import TO_HOST, Shadow
 from tests.core.world import World
@@ -54,6 +55,7 @@ class Fuzz:
         self.oracle = Oracle(
             predict=self.core.predict_seconds, seconds_of_prompt=self.core.seconds_of_prompt, **sizes
         )
+        self.readers = LogReaders(self.core, self.oracle.cache.log, key, w.limits.block_size) if seed % 4 else None
         self.shadow = Shadow(w.num_blocks, w.num_host_blocks, w.limits.block_size, VOCAB, self.rng)
         self.shadow.not_finite = w.not_finite
         self.buffers = [PlanBuffers(w.limits) for _ in range(2)]
@@ -312,6 +314,7 @@ class Fuzz:
             "host blocks used": (stats.host_blocks_used, cache.num_places - cache.free_places),
             "copies in flight": (stats.copies_in_flight, len(cache.copies)),
             "sessions resident": (stats.sessions_resident, len(oracle.sessions.resident())),
+            "uncached tokens waiting": (stats.waiting_uncached_tokens, sum(r.uncached for r in oracle.waiting())),
             "sessions waiting": (stats.sessions_waiting, len(oracle.outside())),
             "preemptions": (stats.preemptions, oracle.preemptions),
             "prompt tokens": (stats.prompt_tokens, oracle.prompt_tokens),
@@ -323,6 +326,8 @@ class Fuzz:
         }
         different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
         assert not different, f"compiled and oracle differ: {different}"
+        if self.readers and self.calls % 3 == 0:  # so that some records wait to be read
+            self.seen += self.readers.compare()
         self.seen["sessions waited"] += stats.sessions_waiting > 0
         if oracle.requests and self.rng.random() < 0.1:
             self.compare_request(int(self.rng.choice(list(oracle.requests))))

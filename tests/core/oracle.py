@@ -125,7 +125,8 @@ class Oracle:
                 return Refusal.NO_ROOM
             request.session = self.sessions.arrive(session, full, -(-(len(prompt) + 1) // self.size))
         hits, _ = self.cache.match(self.matchable(request))
-        request.rank_by(len(prompt) - len(hits) * self.size)
+        request.uncached = len(prompt) - len(hits) * self.size
+        request.rank_by(request.uncached)
         self.requests[request_id] = request
         self.arrivals += 1
         self.settle_sessions(now)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-Key = tuple[bytes, tuple[int, ...]]
-"""What a full block means: the tenant's salt and all tokens from the first one to the block's last."""
+from tests.core.oracle_log import Key, Log, Tier
 
 
 @dataclass(eq=False)
@@ -44,9 +43,10 @@ class Cache:
     def __init__(self, num_blocks: int, num_places: int) -> None:
         self.num_blocks = self.free = num_blocks
         self.num_places = self.free_places = num_places
-        self.index: dict[Key, Block] = {}
+        self.log = Log()
+        self.index: Tier[Block] = Tier(self.log)
         self.cached: OrderedDict[Key, Block] = OrderedDict()  # without a holder, least recently used first
-        self.places: dict[Key, Place] = {}
+        self.places: Tier[Place] = Tier(self.log)
         self.resting: OrderedDict[Key, Place] = OrderedDict()  # neither held nor being copied, likewise
         self.copies: list[Copy] = []
         self.gains = 0
@@ -100,12 +100,12 @@ class Cache:
 
     def withdraw(self, key: Key) -> None:
         """Nobody may build on this content any more, wherever it is."""
-        block = self.index.pop(key, None)
+        block = self.index.take(key)
         if block is not None:
             block.key = None
             if self.cached.pop(key, None):
                 self.put_free()
-        place = self.places.pop(key, None)
+        place = self.places.take(key)
         if place is not None:
             place.key = None
             if self.resting.pop(key, None):
@@ -122,6 +122,7 @@ class Cache:
             key, _ = self.resting.popitem(last=False)
             del self.places[key]
             self.put_free_place()
+        self.log.dropped()
         return dropped
 
     def match(self, keys: list[Key]) -> tuple[list[Block | Place], bool]:
@@ -192,17 +193,15 @@ class Cache:
         self.gains += 1
         block, place = copy.block, copy.place
         arrived = block.key is not None and not failed
+        if copy.to_host and arrived and copy.key not in self.places:  # first, so that it can be found all the time
+            place.key = copy.key
+            self.places[copy.key] = place
         if block.key is not None and (copy.to_host or failed):
             del self.index[block.key]
             block.key = None
         if copy.to_host:
             self.put_free()
-            if arrived and copy.key not in self.places:
-                place.key = copy.key
-                self.places[copy.key] = place
-                self.put_back(place)
-            else:
-                self.put_free_place()
+            self.put_back(place)
             return arrived
         if place.key is not None:
             del self.places[place.key]

@@ -27,6 +27,7 @@ class Request:
     promised: bool
     session: Session | None
     rank: float = 0.0
+    uncached: int = 0  # tokens, when it was submitted
     state: str = "waiting"  # then fetching, prefilling, decoding, retracting, draining
     blocks: list[Block] = field(default_factory=list)
     prefix: list[Block | Place | Copy | None] = field(default_factory=list)  # while fetching; None: lost

@@ -273,6 +273,8 @@ def test_no_call_looks_in_while_another_thread_is_inside() -> None:
         "commit": lambda: d.core.commit(1, int32([9]).reshape(1, 1), int32([1])),
         "land_copies": lambda: d.core.land_copies(NO_IDS, NO_IDS),
         "drop_cached": d.core.drop_cached,
+        "open_cache_log": d.core.open_cache_log,
+        "take_cache_events": d.core.take_cache_events,
         "retry_after": lambda: d.core.retry_after,
         "tokens_of": lambda: d.core.tokens_of(1),
         "cached_tokens": lambda: d.core.cached_tokens(1),

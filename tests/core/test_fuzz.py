@@ -28,6 +28,7 @@ REACHED = (
     "offloaded", "fetched", "copies landed", "copies failed", "landed for nobody", "prefix blocks lost",
     "copies without a row", "sessions waited", "sessions displaced", "sessions passed", "overdue", "lessons",
     "FLOOR_OUT_OF_REACH",
+    "blocks STORED", "blocks REMOVED", "blocks CLEARED",
 )  # fmt: skip
 
 

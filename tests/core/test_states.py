@@ -49,9 +49,9 @@ MISUSES = {
     "a slot is given back by hand": ("void f(SlotPool& slots) { slots.give_back(SlotId{0}); }", PRIVATE),
     "a block is published by hand": (
         "void f(BlockPool& pool, const Hash& hash) { pool.index(hash, BlockId{0}); }", PRIVATE),
-    "an unfilled block is sealed": ("Seal f(const Hash& hash) { return Seal(hash); }", PRIVATE),
+    "an unfilled block is sealed": ("Seal f(const BlockContent& content) { return Seal(content); }", PRIVATE),
     "blocks are sealed by a number": (
-        "void f(BlockTable& table, std::span<const Hash> hashes) { table.seal(64, hashes); }", "cannot convert"),
+        "void f(BlockTable& table, const Sequence& sequence) { table.seal(64, sequence); }", "cannot convert"),
     "a filling is claimed": ("Filled f() { return Filled(64); }", PRIVATE),
     "a landed step is claimed": ("LandedStep f(const std::vector<Row>& rows) { return LandedStep(rows); }", PRIVATE),
     "a landing is claimed": ("Landed f() { return Landed(StepId{7}); }", PRIVATE),
@@ -86,7 +86,7 @@ CONTROLS = {
     "a free block goes into a table": "void f(BlockTable& t, FreeBlock&& block) { t.append(std::move(block)); }",
     "a sealed block goes into a table": "void f(BlockTable& t, SealedBlock&& block) { t.append(std::move(block)); }",
     "a table is read": "BlockId f(const Draining& state) { return state.table()[0]; }",
-    "blocks are sealed by a proof": "void f(BlockTable& t, Filled p, std::span<const Hash> h) { t.seal(p, h); }",
+    "blocks are sealed by a proof": "void f(BlockTable& t, Filled p, const Sequence& s) { t.seal(p, s); }",
     "a landed step gives its proof": "Filled f(const LandedStep& step, const Row& r) { return step.filled(r); }",
     "the ledger gives its proof": "Landed f(const StepLedger& steps) { return steps.landed(); }",
     "a loaded block arrives": "void f(Fetching& s, SealedBlock&& block) { on(s, Arrive{0, std::move(block)}); }",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +22,7 @@ from tokenspeed.batch import (
     NOT_FINITE,
     OUTPUT_RECORD,
     BatchLimits,
+    CacheEvents,
     Finish,
     Int32Array,
     JointBuffers,
@@ -197,6 +199,19 @@ class Pools:
 
     def drop_cached(self) -> int:
         return sum(pool.drop_cached() for pool in self._pools)
+
+    def open_cache_log(self) -> None:
+        """As `Scheduler.open_cache_log`, of every pool."""
+        for pool in self._pools:
+            pool.open_cache_log()
+
+    def take_cache_events(self) -> list[CacheEvents]:
+        """As `Scheduler.take_cache_events`, of each pool that has some, by its number."""
+        return [
+            msgspec.structs.replace(events, pool=number)
+            for number, pool in enumerate(self._pools)
+            for events in pool.take_cache_events()
+        ]
 
     # Calls that look in
 

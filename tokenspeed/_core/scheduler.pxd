@@ -71,6 +71,16 @@ cdef extern from "types.h" namespace "tokenspeed" nogil:
         kNoSuchTicket
 
 
+cdef extern from "cache_log.h" namespace "tokenspeed" nogil:
+    cdef struct CacheRecord:
+        pass
+
+    cdef cppclass CacheLog:
+        const vector[CacheRecord]& records() const
+        const vector[int32_t]& tokens() const
+        void taken()
+
+
 cdef extern from "sequence.h" namespace "tokenspeed" nogil:
     cdef cppclass Sequence:
         TokenSpan tokens() const
@@ -155,6 +165,7 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         int32_t copies_in_flight
         int32_t sessions_resident
         int32_t sessions_waiting
+        int64_t waiting_uncached_tokens
         int64_t preemptions
         int64_t prompt_tokens
         int64_t cached_prompt_tokens
@@ -190,6 +201,8 @@ cdef extern from "scheduler.h" namespace "tokenspeed" nogil:
         CMisuse land_copies(TokenSpan landed, TokenSpan failed) except +translate_exception
         int32_t drop_cached() except +translate_exception
         const vector[CommitOutput]& outputs() const
+        cbool open_cache_log() except +translate_exception
+        CacheLog& cache_log()
         const Sequence* sequence_of(int64_t id) const
         optional[int32_t] cached_tokens(int64_t id) const
         Counters counters() const

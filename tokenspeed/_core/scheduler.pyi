@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 
 from tokenspeed._core.types import Policy, Refusal, Stats
-from tokenspeed.batch import BatchLimits, Int32Array, Outputs, Plan, PlanBuffers
+from tokenspeed.batch import BatchLimits, CacheEvents, Int32Array, Outputs, Plan, PlanBuffers
 
 class PromptHashes:
     """The hashes of the full blocks of a prompt [P], as `block_hashes` gives them, made once for several schedulers."""
@@ -66,6 +66,16 @@ class Scheduler:
         the request is refused if the floor cannot be kept; 0 is none; None is the policy's. `MemoryError`: there is
         none left for the request, and nothing has changed.
         """
+
+    def open_cache_log(self) -> None:
+        """From now on note which blocks can be found, for `take_cache_events`. No plan depends on it.
+
+        Whoever opens it takes the events after every step: they are kept until then. Raises `Misuse` once a request
+        was queued.
+        """
+
+    def take_cache_events(self) -> list[CacheEvents]:
+        """Which blocks have come to be found since the last call, and which no more: of pool 0, or nothing."""
 
     @property
     def retry_after(self) -> float:

@@ -4,7 +4,7 @@
 import numpy as np
 
 from tokenspeed._core.types import Misuse, Policy, Refusal, Stats
-from tokenspeed.batch import Outputs, Plan, PlanBuffers
+from tokenspeed.batch import CacheEvents, Outputs, Plan, PlanBuffers
 from tokenspeed.errors import InvariantBroken
 
 from cpython.buffer cimport PyBuffer_Release
@@ -207,6 +207,19 @@ cdef class Scheduler:
     def drop_cached(self):
         return self.idle().drop_cached()
 
+    def open_cache_log(self):
+        if not self.idle().open_cache_log():
+            raise Misuse("the cache log begins before the first request")
+
+    def take_cache_events(self):
+        cdef CacheLog* log = &self.idle().cache_log()
+        if log.records().empty():
+            return []
+        cdef bytes records = octets_of(log.records().data(), log.records().size() * sizeof(CacheRecord))
+        cdef bytes tokens = octets_of(log.tokens().data(), log.tokens().size() * sizeof(int32_t))
+        log.taken()
+        return [CacheEvents(0, records, tokens)]
+
     # Calls that look in
 
     @property
@@ -249,7 +262,7 @@ cdef class Scheduler:
         cdef Counters now = self.idle().counters()
         return Stats(now.running, now.waiting, now.draining, now.blocks_free, now.blocks_cached, now.blocks_used,
                      now.host_blocks_used, now.copies_in_flight, now.sessions_resident, now.sessions_waiting,
-                     now.preemptions, now.prompt_tokens, now.cached_prompt_tokens, now.generated_tokens,
+                     now.waiting_uncached_tokens, now.preemptions, now.prompt_tokens, now.cached_prompt_tokens, now.generated_tokens,
                      now.blocks_offloaded, now.blocks_loaded)
 
     def check(self):
@@ -326,6 +339,10 @@ cdef class Scheduler:
         known = _Arrays(buffers, self.limits)
         self.known_buffers = [known, *self.known_buffers[:3]]
         return known
+
+
+cdef bytes octets_of(const void* data, size_t size):
+    return PyBytes_FromStringAndSize(<const char*>data, size)
 
 
 cdef dict _plain(RequestDump request):

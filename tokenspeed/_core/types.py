@@ -64,11 +64,12 @@ class Misuse(TokenSpeedError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counters of the control plane. The first ten are the present state, the others grow for ever.
+    """Counters of the control plane. The first eleven are the present state, the others grow for ever.
 
     `running` requests are fetching, prefilling or decoding; `draining` ones have left but a launched step may still
     touch their memory; `blocks_used` have a holder, `blocks_cached` are evictable prefix cache; `host_blocks_used` are
     in the second tier. `sessions_waiting` requests belong to sessions that do not fit beside the `sessions_resident`.
+    `waiting_uncached_tokens` are those of waiting prompts that were not cached when they were submitted.
     `prompt_tokens` are those of admitted requests, `cached_prompt_tokens` of these were prefix hits. `pools` are the
     counters of each pool where there are several.
     """
@@ -83,6 +84,7 @@ class Stats:
     copies_in_flight: int
     sessions_resident: int
     sessions_waiting: int
+    waiting_uncached_tokens: int
     preemptions: int
     prompt_tokens: int
     cached_prompt_tokens: int

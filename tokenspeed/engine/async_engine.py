@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import random
 import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 
+from tokenspeed.batch import CacheEvents
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import Source, resolve
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.admission import Terms, admit, as_error
+from tokenspeed.engine.cache_watch import CacheBatch, CacheWatch
 from tokenspeed.engine.daemon import in_daemon_thread
 from tokenspeed.engine.grammar_intake import GrammarIntake
 from tokenspeed.engine.health import Health, State
@@ -95,6 +96,7 @@ class AsyncEngine:
         self._ids = itertools.count(1)
         self._running = Running()
         self._drops: Questions[Dropped] = Questions()
+        self._cache = CacheWatch(self.config.block_size, on=self.config.cache_events)
         self._grammars = GrammarIntake(self._vocabulary, self._teach)
         self._random = random.Random(self.config.seed) if self.config.seed is not None else None
 
@@ -125,17 +127,7 @@ class AsyncEngine:
             await self._link.stop()
             raise
         self._text = text
-        self._serve(
-            EngineFacts(
-                model_name=source.name,
-                architecture=model.architecture,
-                model_type=str(model.hf.get("model_type") or ""),
-                vocab_size=model.vocab_size,
-                eos_token_ids=model.eos_token_ids,
-                defaults=model.generation_defaults,
-                **_sizes(ready),
-            )
-        )
+        self._serve(EngineFacts.of(source, model, ready))
 
     async def stop(self, grace: float = 30.0) -> None:
         """Refuse new requests, let admitted ones end within `grace` seconds, abort the rest, end the engine."""
@@ -293,6 +285,15 @@ class AsyncEngine:
         self._serving()
         return await self._drops.ask(lambda number: self._link.send(DropCached(number)))
 
+    def watch_cache(self, start: int = 0) -> AsyncIterator[CacheBatch]:
+        """What becomes of cached KV blocks that anybody may hit, in numbered batches, as long as the engine serves.
+
+        Goes on behind the batch of number `start`, if that is remembered, else with a snapshot; 0 is the beginning. Who
+        reads too slowly gets a snapshot instead of what was forgotten meanwhile. Raises `ConfigError` where the engine
+        keeps no account of them (`cache_events`), `Unavailable` once it is over.
+        """
+        return self._cache.watch(start)
+
     # Inside ------------------------------------------------------------------------------------------
 
     def _serving(self) -> Intake:
@@ -338,6 +339,8 @@ class AsyncEngine:
             case Heartbeat(stats, steps):
                 self._stats = stats or self._stats
                 self._steps = steps or self._steps
+            case CacheEvents():
+                self._cache.hear(message)
             case Learnt():
                 self._grammars.learnt(message)
             case Dropped(id):
@@ -354,10 +357,7 @@ class AsyncEngine:
             case Lost(error):
                 self._lose(error)
             case Failed(error, config):
-                assert self._ready is not None
-                if not self._ready.done():
-                    self._ready.set_exception(ConfigError(error) if config else EngineFailed(error))
-                self._fail(error)
+                self._fail(error, ConfigError if config else EngineFailed)
 
     def _loaded(self, ready: Ready) -> None:
         assert self._ready is not None
@@ -365,7 +365,7 @@ class AsyncEngine:
             self._ready.set_result(ready)
         elif self._state == "restarting":
             self._restarts += 1
-            self._serve(dataclasses.replace(self.facts, **_sizes(ready)))
+            self._serve(self.facts.taken_over(ready))
 
     def _lose(self, error: str) -> None:
         """Nobody is left waiting for this engine; the next one is being started."""
@@ -373,6 +373,7 @@ class AsyncEngine:
             self._state = "restarting"
         self._error = error
         self._stats = EngineStats()
+        self._cache.lost()
         self._leave_nobody_waiting(Unavailable("the engine died and is being restarted", retry_after=RETRY_LOADING))
 
     def _leave_nobody_waiting(self, failure: Unavailable) -> None:
@@ -380,21 +381,17 @@ class AsyncEngine:
         self._grammars.fail(failure)
         self._drops.fail(failure)
 
-    def _fail(self, error: str) -> None:
-        """From now on dead: nobody is left waiting."""
+    def _fail(self, error: str, failure: type[TokenSpeedError] = EngineFailed) -> None:
+        """From now on dead: nobody is left waiting, and a start ends with `failure`."""
         self._state = "dead"
         self._error = error
-        self._leave_nobody_waiting(Unavailable("the engine is not running", retry_after=RETRY_LOADING))
+        self._leave_nobody_waiting(over := Unavailable("the engine is not running", retry_after=RETRY_LOADING))
+        self._cache.end(over)
         if self._ready is not None:
             if not self._ready.done():
-                self._ready.set_exception(EngineFailed(error))
+                self._ready.set_exception(failure(error))
             # Marks a failure that nobody awaits any more as seen.
             self._ready.cancelled() or self._ready.exception()
-
-
-def _sizes(ready: Ready) -> dict[str, Any]:
-    """The facts that an engine finds out: one that takes over may have another size of its KV cache."""
-    return {name: getattr(ready, name) for name in ("max_model_len", "num_blocks", "block_size", "summary")}
 
 
 def _load_front(source: Source, config: EngineConfig) -> tuple[TextSide, ModelConfig]:

@@ -6,14 +6,17 @@ import asyncio
 import operator
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import SupportsIndex, cast
+from typing import Any, Self, SupportsIndex, cast
 
 import msgspec
 import numpy as np
 
+from tokenspeed.checkpoint.config import ModelConfig
+from tokenspeed.checkpoint.source import Source
 from tokenspeed.engine.lane import Pieces
+from tokenspeed.engine.messages import Ready
 from tokenspeed.engine.stream import Choice, Ending, new_choice
 from tokenspeed.errors import ContextLengthExceeded, InvalidRequest
 from tokenspeed.request import SamplingParams
@@ -45,6 +48,28 @@ class EngineFacts:
     num_blocks: int
     block_size: int
     summary: str
+
+    @classmethod
+    def of(cls, source: Source, model: ModelConfig, ready: Ready) -> Self:
+        """Those of a checkpoint, and of the engine that serves it."""
+        return cls(
+            model_name=source.name,
+            architecture=model.architecture,
+            model_type=str(model.hf.get("model_type") or ""),
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            defaults=model.generation_defaults,
+            **_sizes(ready),
+        )
+
+    def taken_over(self, ready: Ready) -> Self:
+        """Those of the next engine of the same model: it may have another size of its KV cache."""
+        return replace(self, **_sizes(ready))
+
+
+def _sizes(ready: Ready) -> dict[str, Any]:
+    """The facts that an engine finds out."""
+    return {name: getattr(ready, name) for name in ("max_model_len", "num_blocks", "block_size", "summary")}
 
 
 @dataclass(frozen=True, slots=True)

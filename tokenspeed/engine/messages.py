@@ -1,27 +1,47 @@
 """What the front end and the engine process say to each other: msgspec structs in msgpack frames.
 
 Front end → engine: `Start`, `Learn`, `Submit`, `Abort`, `FinishAt`, `DropCached`, `Shutdown`.
-Engine → front end: `Loading`, `Ready`, `Failed`, `Learnt`, `Dropped`, `Accepted`, `Refused`, `Tokens`, `Heartbeat`.
+Engine → front end: `Loading`, `Ready`, `Failed`, `Learnt`, `Dropped`, `Accepted`, `Refused`, `Tokens`, `Heartbeat`,
+and `CacheEvents` behind what a step has given, if asked for.
 An engine inside the caller's process exchanges the same objects without encoding them.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Self
+
 import msgspec
 
+from tokenspeed.batch import CacheEvents
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.observe import StepHistograms
 from tokenspeed.request import TokenLogprob
 from tokenspeed.text.grammars.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from tokenspeed._core import Stats
+
 
 class PoolStats(msgspec.Struct, frozen=True, array_like=True):
-    """Requests and blocks of one KV pool as they are now."""
+    """Of one KV pool what `EngineStats` has of all."""
 
     running: int
     waiting: int
     blocks_total: int
     blocks_used: int
+    blocks_cached: int = 0
+    waiting_uncached_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+
+    @classmethod
+    def of(cls, pool: Stats) -> Self:
+        """Those of the counters of a pool."""
+        return cls(
+            pool.running, pool.waiting, pool.blocks_total, pool.blocks_used, pool.blocks_cached,
+            pool.waiting_uncached_tokens, pool.prompt_tokens, pool.cached_prompt_tokens, pool.generated_tokens,
+        )  # fmt: skip
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +51,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     and `slowest_abort_steps` are the longest that an aborted one kept it. `sessions_waiting` requests belong to
     sessions that do not fit beside the `sessions_resident`. `refusals` counts by the reason, a `Refusal`'s name
     in lower case. `streams_below_floor` had fewer tokens in the last second than their floor, as of the last heartbeat.
+    `blocks_used` have a holder, `blocks_cached` are kept until their memory is wanted. `waiting_uncached_tokens` are
+    those of waiting prompts that were not cached when they came. `generation_rate` is in tokens a second, of late.
     `pools` are those of each pool, where groups of ranks have pools of their own.
     """
 
@@ -43,6 +65,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     host_blocks_used: int = 0
     sessions_resident: int = 0
     sessions_waiting: int = 0
+    waiting_uncached_tokens: int = 0
+    generation_rate: float = 0.0
     streams_below_floor: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0
@@ -219,4 +243,4 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
 
 
 ToEngine = Start | Learn | Submit | Abort | FinishAt | DropCached | Shutdown
-FromEngine = Loading | Ready | Failed | Learnt | Dropped | Accepted | Refused | Tokens | Heartbeat
+FromEngine = Loading | Ready | Failed | Learnt | Dropped | Accepted | Refused | Tokens | Heartbeat | CacheEvents

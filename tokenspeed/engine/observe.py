@@ -12,6 +12,7 @@ STEP_SECONDS = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.0143, 0.02, 0.03, 0.0
 STEP_TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
 
 WINDOW_SECONDS = 1.0
+RATE_SECONDS = 2.0
 
 
 class Histogram(msgspec.Struct):
@@ -48,6 +49,21 @@ class StepHistograms(msgspec.Struct):
 
 
 @dataclass(slots=True)
+class Aborts:
+    """How many choices were aborted, and the longest that one held its memory afterwards."""
+
+    count: int = 0
+    slowest_seconds: float = 0.0
+    slowest_steps: int = 0
+
+    def note(self, seconds: float, steps: int) -> None:
+        """One has given its memory back, after so long and so many landed steps."""
+        self.count += 1
+        self.slowest_seconds = max(self.slowest_seconds, seconds)
+        self.slowest_steps = max(self.slowest_steps, steps)
+
+
+@dataclass(slots=True)
 class Pace:
     """The tokens of one stream against the clock. `floor` is in tokens per second, 0 for none.
 
@@ -71,3 +87,20 @@ class Pace:
         began, before = marks[0]
         elapsed = now - began
         return elapsed >= WINDOW_SECONDS and self.tokens - before + 1 < self.floor * elapsed
+
+
+@dataclass(slots=True)
+class GenerationRate:
+    """Tokens a second of all streams, over the last `RATE_SECONDS` or a little more; 0 before a second look."""
+
+    tokens_a_second: float = 0.0
+    _marks: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def look(self, now: float, tokens: int) -> None:
+        """So many tokens were generated since the start. They may become fewer: none behind a stop counts."""
+        marks = self._marks
+        marks.append((now, tokens))
+        while len(marks) > 2 and marks[1][0] <= now - RATE_SECONDS:
+            marks.popleft()
+        began, before = marks[0]
+        self.tokens_a_second = max(tokens - before, 0) / (now - began) if now > began else 0.0

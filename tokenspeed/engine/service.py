@@ -198,8 +198,9 @@ class EngineService:
             leader = Leader(loaded.world.send, self._ranks.lose_soon, debug=debug, sends_masks=several)
             self._ranks.watch_steps(leader.stuck, self._config.watchdog_seconds)
             executor = LeadingExecutor(executor, leader)
+        core = self._control_plane(loaded, leader)
         return StepLoop(
-            self._control_plane(loaded, leader),
+            core,
             executor,
             overlap=self._config.overlap,
             vocab_size=loaded.vocab_size,
@@ -207,8 +208,21 @@ class EngineService:
             publish=self._publish,
             grammars=self._grammars,
             tps_floor=STEERED_FLOOR if self._config.tps_floor is None else self._config.tps_floor,
+            tell_cache=self._cache_teller(core),
             debug=debug,
         )
+
+    def _cache_teller(self, core: ControlPlane) -> Callable[[], None]:
+        """What tells the front end of cached blocks after each step; nothing if it does not want to know."""
+        if not self._config.cache_events:
+            return lambda: None
+        core.open_cache_log()
+
+        def tell() -> None:
+            for events in core.take_cache_events():
+                self._emit(events)
+
+        return tell
 
     def _control_plane(self, loaded: LoadedExecutor, leader: Leader | None) -> ControlPlane:
         sizes: dict[str, Any] = {

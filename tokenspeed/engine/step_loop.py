@@ -23,7 +23,7 @@ from tokenspeed.batch import Finish, Int32Array, Logprobs, Plan, StepResult
 from tokenspeed.engine.grammars import Constraint, Grammars
 from tokenspeed.engine.messages import ChoiceTokens, EngineStats, PoolStats, Submit
 from tokenspeed.engine.moves import Moves
-from tokenspeed.engine.observe import Pace, StepHistograms
+from tokenspeed.engine.observe import Aborts, GenerationRate, Pace, StepHistograms
 from tokenspeed.engine.step_timer import StepTimer
 from tokenspeed.errors import InvalidRequest, InvariantBroken
 from tokenspeed.executor.interface import Binding, Executor, Flight
@@ -65,19 +65,11 @@ Gain = tuple[Known, tuple[int, int, int, int, int, int, int]]
 """An entry of a step's outputs, and whose it is."""
 
 
-@dataclass(slots=True)
-class Aborts:
-    """How many choices were aborted, and the longest that one held its memory afterwards."""
-
-    count: int = 0
-    slowest_seconds: float = 0.0
-    slowest_steps: int = 0
-
-
 class StepLoop:
     """Drives one control plane and one executor. `overlap` is how many steps may be in flight while planning.
 
-    `publish` is called once a step with everything that the step gave. `tps_floor` is what streams are to keep that
+    `publish` is called once a step with everything that the step gave, and then `tell_cache`, which is also called when
+    cached blocks were dropped. `tps_floor` is what streams are to keep that
     name none of their own. `debug` recounts the control
     plane's state after every commit and stops the engine at the first inconsistency.
     """
@@ -93,6 +85,7 @@ class StepLoop:
         publish: Publish,
         grammars: Grammars | None = None,
         tps_floor: float = 0.0,
+        tell_cache: Callable[[], None] = lambda: None,
         debug: bool = False,
     ) -> None:
         self._core = core
@@ -101,6 +94,7 @@ class StepLoop:
         self._vocab_size = vocab_size
         self._eos = eos_token_ids
         self._publish_to = publish
+        self._tell_cache = tell_cache
         self._grammars = grammars or Grammars()
         self._moves = Moves()
         self._tps_floor = tps_floor
@@ -116,6 +110,7 @@ class StepLoop:
         self._refusals: Counter[str] = Counter()
         self._paces: dict[int, Pace] = {}
         self._below_floor = 0
+        self._rate = GenerationRate()
         self.timer = StepTimer()
         self.histograms = StepHistograms()
 
@@ -194,7 +189,9 @@ class StepLoop:
 
     def drop_cached(self) -> tuple[int, int]:
         """Free all cached blocks that no request holds: how many there were, and how many are held."""
-        return self._core.drop_cached(), self._core.stats().blocks_used
+        dropped = self._core.drop_cached()
+        self._tell_cache()
+        return dropped, self._core.stats().blocks_used
 
     def stop(self) -> None:
         """Let `run` return after the steps in flight."""
@@ -279,6 +276,7 @@ class StepLoop:
         self._mask(flights)
         if choices:
             self._publish_to(choices)
+        self._tell_cache()
         done = time.perf_counter()
         self.timer.commit += committed - start
         self.timer.publish += done - committed
@@ -290,9 +288,7 @@ class StepLoop:
         """Measure how long aborted choices held their memory: a launched step may have to land first."""
         for request_id in [held for held in self._leaving if not self._core.holds(held)]:
             began, step = self._leaving.pop(request_id)
-            self._aborts.count += 1
-            self._aborts.slowest_seconds = max(self._aborts.slowest_seconds, time.monotonic() - began)
-            self._aborts.slowest_steps = max(self._aborts.slowest_steps, self._steps - step)
+            self._aborts.note(time.monotonic() - began, self._steps - step)
 
     # Outputs -----------------------------------------------------------------------------------
 
@@ -360,6 +356,8 @@ class StepLoop:
             host_blocks_used=core.host_blocks_used,
             sessions_resident=core.sessions_resident,
             sessions_waiting=core.sessions_waiting,
+            waiting_uncached_tokens=core.waiting_uncached_tokens,
+            generation_rate=self._rate.tokens_a_second,
             streams_below_floor=self._below_floor,
             num_preemptions=core.preemptions,
             prompt_tokens=core.prompt_tokens,
@@ -370,12 +368,13 @@ class StepLoop:
             num_aborts=self._aborts.count,
             slowest_abort_seconds=self._aborts.slowest_seconds,
             slowest_abort_steps=self._aborts.slowest_steps,
-            pools=[PoolStats(pool.running, pool.waiting, pool.blocks_total, pool.blocks_used) for pool in core.pools],
+            pools=[PoolStats.of(pool) for pool in core.pools],
         )
 
     def look(self) -> None:
-        """Count the streams below their floor, for `stats`. Called with each heartbeat."""
+        """Count the streams below their floor and what all generate, for `stats`. Called with each heartbeat."""
         now = time.monotonic()
+        self._rate.look(now, self._core.stats().generated_tokens)
         self._below_floor = sum(pace.is_below(now) for pace in self._paces.values())
 
     def dump(self) -> dict[str, object]:

@@ -128,6 +128,7 @@ FLAGS = (
     Flag("--overlap", "overlap", int, "steps in flight while the next is planned: 0 or 1", True),
     Flag("--num-threads", "num_threads", int, "CPU threads of the model", True),
     Flag("--seed", "seed", int, "makes requests without a seed of their own reproducible", True),
+    Flag("--cache-events", "cache_events", bool, "tell a gateway that routes by it what is cached", True),
     Flag("--record", "record", str, "new file for every call of the control plane, prompts included", True),
     Flag(
         "--tensor-parallel-size",

@@ -205,9 +205,9 @@ def join(ctx: BuildContext, place: Place, seconds: float) -> World:
     )  # fmt: skip
 
 
-OWN = frozenset({"model", "tokenizer", "chat_template", "record", "parallel", "num_threads"})
+OWN = frozenset({"model", "tokenizer", "chat_template", "record", "cache_events", "parallel", "num_threads"})
 """Of a configuration what each rank may have its own of, or what is compared in another way: paths of a machine, the
-layout when ranks meet, how many threads a machine has."""
+layout when ranks meet, how many threads a machine has, what rank 0 tells."""
 
 FLAGS = {"kv_cache_bytes": "--kv-cache-memory"}
 """Flags that are not called like what they set."""
