@@ -51,11 +51,17 @@ def _http(door: Door) -> tuple[Face, int]:
 
 
 def _grpc(door: Door, each: bool) -> tuple[Face, int]:
-    from tokenspeed.entrypoints.grpc.server import GrpcServer  # noqa: PLC0415  (an extra)
+    from tokenspeed.entrypoints.grpc.pace import pause_beside  # noqa: PLC0415  (an extra)
+    from tokenspeed.entrypoints.grpc.server import GrpcServer  # noqa: PLC0415
 
-    pause = {"pause_beside": lambda streams: 0.0} if each else {}
     server = GrpcServer(
-        door.engine, host="127.0.0.1", port=0, keys=door.keys, limits=door.limits, metrics=door.metrics, **pause
+        door.engine,
+        host="127.0.0.1",
+        port=0,
+        keys=door.keys,
+        limits=door.limits,
+        metrics=door.metrics,
+        pause_beside=(lambda streams: 0.0) if each else pause_beside,
     )
     return server, server.port
 

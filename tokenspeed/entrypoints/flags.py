@@ -128,7 +128,7 @@ FLAGS = (
     Flag("--overlap", "overlap", int, "steps in flight while the next is planned: 0 or 1", True),
     Flag("--num-threads", "num_threads", int, "CPU threads of the model", True),
     Flag("--seed", "seed", int, "makes requests without a seed of their own reproducible", True),
-    Flag("--cache-events", "cache_events", bool, "tell a gateway that routes by it what is cached", True),
+    Flag("--cache-events", "cache_events", bool, "tell a gateway which KV blocks are cached; default: with gRPC", True),
     Flag("--record", "record", str, "new file for every call of the control plane, prompts included", True),
     Flag(
         "--tensor-parallel-size",
@@ -260,6 +260,8 @@ def parse_flags(
             values[flag.field] = convert(flag, value, strict=False)
     if not program.http:
         values |= {"http": False, "grpc_port": values.pop("port", GRPC_PORT)}
+    if "grpc_port" in values:
+        values.setdefault("cache_events", values.get("enable_prefix_caching", True))
     for field, variable in (("api_keys", ENV_API_KEY), ("admin_api_keys", ENV_ADMIN_API_KEY)):
         if field not in program.without and not values.get(field) and environment.get(variable):
             values[field] = [environment[variable]]

@@ -17,28 +17,7 @@ from tokenspeed.engine.messages import EngineStats, PoolStats
 from tokenspeed.errors import InvalidRequest
 
 STARTED = time.time()
-RATE_SECONDS = 1.0
-"""A rate of tokens is one over at least so long."""
-
 ALL = "all"
-SECTIONS = ("core", "memory", "queues", ALL)
-
-
-class Rates:
-    """Generated tokens a second since somebody last asked, or since `RATE_SECONDS` ago if that was just now."""
-
-    def __init__(self) -> None:
-        self._at = time.monotonic()
-        self._tokens = 0
-        self._rate = 0.0
-
-    def of(self, tokens: int) -> float:
-        """The rate, now that so many tokens have been generated in all."""
-        now = time.monotonic()
-        if now - self._at >= RATE_SECONDS:
-            self._rate = max(0, tokens - self._tokens) / (now - self._at)
-            self._at, self._tokens = now, tokens
-        return self._rate
 
 
 def model(engine: AsyncEngine, served_names: Sequence[str]) -> pb.GetModelInfoResponse:
@@ -95,24 +74,21 @@ def server(engine: AsyncEngine, served_names: Sequence[str]) -> pb.GetServerInfo
     )
 
 
-def loads(engine: AsyncEngine, rates: Rates, request: pb.GetLoadsRequest) -> pb.GetLoadsResponse:
-    """Requests and tokens of each pool as of the last step. Raises `InvalidRequest` for an unknown rank or section."""
-    wanted = set(request.include) or {"core"}
-    if unknown := wanted.difference(SECTIONS):
-        raise InvalidRequest(f"include must be of {', '.join(SECTIONS)}, got {min(unknown)[:64]!r}", param="include")
+def loads(engine: AsyncEngine, request: pb.GetLoadsRequest) -> pb.GetLoadsResponse:
+    """Requests and tokens of each pool as of the last step. Raises `InvalidRequest` for a rank that there is not.
+
+    Gateways ask for sections of other engines, too: there is nothing in those.
+    """
+    wanted = set(request.include)
     stats = engine.stats()
-    pools = stats.pools or [PoolStats(stats.running, stats.waiting, stats.blocks_total, stats.blocks_used)]
+    pools = stats.pools or [_of_one(stats)]
     if request.HasField("dp_rank") and not 0 <= request.dp_rank < len(pools):
         raise InvalidRequest(f"dp_rank must be below {len(pools)}, got {request.dp_rank}", param="dp_rank")
-    rate = rates.of(stats.generation_tokens)
-    found = [_load(engine, stats, rank, pool, len(pools), rate) for rank, pool in enumerate(pools)]
+    found = [_load(engine, rank, pool, stats.generation_rate / len(pools)) for rank, pool in enumerate(pools)]
     shown = [found[request.dp_rank]] if request.HasField("dp_rank") else found
     for load in shown:
-        pool = pools[load.dp_rank]
-        if wanted & {"memory", ALL}:
-            load.memory.token_capacity = pool.blocks_total * engine.facts.block_size
         if wanted & {"queues", ALL}:
-            load.queues.waiting = pool.waiting
+            load.queues.waiting = load.num_waiting_reqs
     return pb.GetLoadsResponse(
         timestamp=datetime.datetime.now(datetime.UTC).isoformat(),
         version=__version__,
@@ -123,16 +99,27 @@ def loads(engine: AsyncEngine, rates: Rates, request: pb.GetLoadsRequest) -> pb.
             total_waiting_reqs=stats.waiting,
             total_reqs=stats.running + stats.waiting,
             avg_token_usage=sum(load.token_usage for load in found) / len(found),
-            avg_throughput=rate / len(found),
+            avg_throughput=stats.generation_rate / len(found),
             avg_utilization=sum(load.utilization for load in found) / len(found),
         ),
     )
 
 
-def _load(
-    engine: AsyncEngine, stats: EngineStats, rank: int, pool: PoolStats, num_pools: int, rate: float
-) -> pb.SchedulerLoad:
-    """A pool's own counts; what is counted for all pools together is divided evenly among them."""
+def _of_one(stats: EngineStats) -> PoolStats:
+    """The pool of an engine that has one."""
+    return PoolStats(
+        running=stats.running,
+        waiting=stats.waiting,
+        blocks_total=stats.blocks_total,
+        blocks_used=stats.blocks_used,
+        waiting_uncached_tokens=stats.waiting_uncached_tokens,
+        prompt_tokens=stats.prompt_tokens,
+        cached_tokens=stats.cached_tokens,
+    )
+
+
+def _load(engine: AsyncEngine, rank: int, pool: PoolStats, rate: float) -> pb.SchedulerLoad:
+    """Used tokens are those of blocks that a request holds: what is only cached makes way."""
     block, most = engine.facts.block_size, engine.config.max_num_seqs
     used = pool.blocks_used / pool.blocks_total if pool.blocks_total else 0.0
     return pb.SchedulerLoad(
@@ -143,11 +130,11 @@ def _load(
         num_used_tokens=pool.blocks_used * block,
         max_total_num_tokens=pool.blocks_total * block,
         max_running_requests=most,
-        num_waiting_uncached_tokens=stats.waiting_uncached_tokens // num_pools,
+        num_waiting_uncached_tokens=pool.waiting_uncached_tokens,
         token_usage=used,
         active_token_usage=used,
-        gen_throughput=rate / num_pools,
-        cache_hit_rate=stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0,
+        gen_throughput=rate,
+        cache_hit_rate=pool.cached_tokens / pool.prompt_tokens if pool.prompt_tokens else 0.0,
         utilization=pool.running / most,
     )
 

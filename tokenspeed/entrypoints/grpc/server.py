@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read once, at import: children are new programs, no forks of us
+# Read once, at import. Our children are new programs; gRPC's hooks around a fork left one without standard input.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 from multidict import CIMultiDict

@@ -23,7 +23,7 @@ from tokenspeed.entrypoints.grpc.tokenizer_files import chunks_of, zipped
 from tokenspeed.entrypoints.grpc.told import Told
 from tokenspeed.entrypoints.limits import Limits
 from tokenspeed.entrypoints.metrics import Metrics, RequestTimes
-from tokenspeed.errors import InternalError, InvalidRequest, RequestError, Unavailable
+from tokenspeed.errors import ConfigError, InternalError, InvalidRequest, RequestError, Unavailable
 from tokenspeed.request import RequestOutput
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,6 @@ class Servicer:
         self._metrics = metrics
         self._limits = limits
         self._pause_beside = pause_beside
-        self._rates = facts.Rates()
         self._bundle: bytes | None = None
 
     # What everything is for ----------------------------------------------------------------------------
@@ -160,7 +159,7 @@ class Servicer:
         """How busy each pool is, as of the last step or heartbeat."""
         engine = await self._ready(context)
         try:
-            return facts.loads(engine, self._rates, request)
+            return facts.loads(engine, request)
         except RequestError as error:
             await _refuse(context, error)
 
@@ -176,7 +175,11 @@ class Servicer:
         """Which KV blocks can be found, as they come and go, until the client leaves."""
         engine = await self._ready(context)
         try:
-            async for batch in engine.watch_cache(request.start_sequence_number):
+            watch = engine.watch_cache(request.start_sequence_number)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, str(error))
+        try:
+            async for batch in watch:
                 yield batch_message(batch, engine.facts.block_size)
         except RequestError as error:
             await _refuse(context, error)
