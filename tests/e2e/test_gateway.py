@@ -1,4 +1,4 @@
-"""The real gateway before two real engines: what its clients get, and what becomes of it when they or an engine leave."""
+"""The real gateway before two real engines: what clients get, and what becomes of it when they or an engine leave."""
 
 from __future__ import annotations
 
