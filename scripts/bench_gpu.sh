@@ -140,11 +140,13 @@ if wanted ranks; then
     done
 fi
 if wanted groups; then
-    "$python" -m pytest -q -p no:cacheprovider tests/engine/test_groups.py tests/executor/test_joint.py -k "llama or joint"
+    wrong=0
+    "$python" -m pytest -q -p no:cacheprovider tests/engine/test_groups.py tests/executor/test_joint.py -k "llama or joint" || wrong=1
     "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only
     for layout in "--world 2 --attn-dp-size 2" "--world 2 --attn-dp-size 2 --moe-ep-size 2"; do
         measured_layout "$layout" --batch 1 4 16 # rows of each group
     done
+    ((wrong == 0))
 fi
 model=(--model "$folder/v2l-config" --load-format dummy)
 if wanted start; then
