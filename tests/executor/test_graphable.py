@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def asked(world: World, folder: Path, num_rows: int) -> set[str]:
 
 
 def test_a_captured_step_of_groups_asks_nothing_on_the_host(tmp_path: Path) -> None:
-    def folder(name: str, changes: Mapping[str, object]) -> Path:
+    def folder(name: str, changes: dict[str, object]) -> Path:
         path = tmp_path / name
         path.mkdir()
         (path / "config.json").write_text(json.dumps(COMMON | LATENT | changes))
