@@ -36,6 +36,10 @@ class Group(Protocol):
 
     def _allgather_base(self, whole: torch.Tensor, own: torch.Tensor, options: Any, /) -> Work | None: ...
 
+    def gather(
+        self, everyones: list[list[torch.Tensor]], own: list[torch.Tensor], options: Any, /
+    ) -> Work | None: ...
+
     def _reduce_scatter_base(self, own: torch.Tensor, whole: torch.Tensor, options: Any, /) -> Work | None: ...
 
     def alltoall_base(
