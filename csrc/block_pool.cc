@@ -55,7 +55,7 @@ FullBlock on(WritableBlock&& block, Seal seal) {
   taken<WritableBlock, Seal>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
   if (pool.index(seal.content().hash, block.id_)) {
-    pool.log_.filled(seal.content());
+    pool.log_.filled(block.id_, seal.content());
     pool[block.id_].kind = BlockPool::Kind::kSealed;
     return SealedBlock(pool, block.id_);
   }
@@ -126,9 +126,8 @@ LoadingBlock on(HostBlock&& block, Load event) {
   taken<HostBlock, Load>();
   BlockPool& pool = *std::exchange(event.room.pool_, nullptr);
   const BlockId id = event.room.id_;
-  const Hash& hash = block.pool_->hash(block.id_);
-  if (!pool.index(hash, id)) throw InvariantBroken("a block is loaded that is on the device");
-  pool.log_.copied(hash);
+  if (!pool.index(block.pool_->hash(block.id_), id)) throw InvariantBroken("a block is loaded that is on the device");
+  pool.log_.copied(id);
   pool[id].kind = BlockPool::Kind::kCopying;
   return {pool, id, std::move(block)};
 }
@@ -249,7 +248,7 @@ bool BlockPool::index(const Hash& hash, BlockId id) {
 }
 
 void BlockPool::unindex(BlockId id) {
-  log_.lost(hash(id));
+  log_.losing(id);
   index_.erase(raw(id));
 }
 
