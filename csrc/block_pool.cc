@@ -247,11 +247,6 @@ bool BlockPool::index(const Hash& hash, BlockId id) {
   return index_.insert(hash, raw(id));
 }
 
-void BlockPool::unindex(BlockId id) {
-  log_.losing(id);
-  index_.erase(raw(id));
-}
-
 void BlockPool::end_copy(BlockId id) {
   ++gains_;  // who waited for it need not any more
   if ((*this)[id].kind == Kind::kCopying) unindex(id);
