@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.engine.test_cache_watch import Follower
 from tests.engine.test_ranks import (
     BLOCK,
     GREEDY,
@@ -34,7 +35,6 @@ from tokenspeed import AsyncEngine, EngineConfig, SamplingParams
 from tokenspeed._core.replay import replay
 from tokenspeed.config import Parallel
 from tokenspeed.engine.link import ProcessLink
-from tokenspeed.engine.messages import PoolStats
 from tokenspeed.errors import InvalidRequest, Unavailable
 
 NUM_BLOCKS = 24
@@ -137,7 +137,30 @@ def test_turns_of_a_session_find_their_cache_in_their_own_pool(made: Callable[[s
             assert dropped.num_blocks > 8 and dropped.num_held == 0
             while engine.stats().blocks_cached:  # until the next heartbeat
                 await asyncio.sleep(0.05)
-            assert engine.stats().pools == [PoolStats(0, 0, NUM_BLOCKS, 0)] * 2
+            for pool in engine.stats().pools:
+                left = (pool.running, pool.waiting, pool.blocks_total, pool.blocks_used, pool.blocks_cached)
+                assert left == (0, 0, NUM_BLOCKS, 0, 0) and 0 < pool.cached_tokens < pool.prompt_tokens
+
+    asyncio.run(run())
+
+
+def test_each_group_tells_which_blocks_its_own_pool_has(made: Callable[[str], Case]) -> None:
+    config = changed(made("deepseek-v3").config, cache_events=True)
+    long = SamplingParams(temperature=0.0, max_tokens=2 * BLOCK, ignore_eos=True)
+
+    async def run() -> None:
+        async with AsyncEngine(config, in_process=True) as engine:
+            follower = Follower(engine.watch_cache())
+            for at in range(2):
+                ahead = await engine.submit(PROMPTS[at], long)
+                await anext(ahead)
+                assert await tokens(engine, PROMPTS[1 - at]) == made("deepseek-v3").expected[1 - at]
+                await ahead.abort()
+            while (cached := engine.stats().blocks_cached) == 0 or engine.stats().blocks_used:  # until a heartbeat
+                await asyncio.sleep(0.05)
+            assert [pool.blocks_cached for pool in engine.stats().pools] == await follower.counts(cached)
+            assert min(pool.prompt_tokens for pool in engine.stats().pools) > 0
+            assert engine.stats().prompt_tokens == sum(pool.prompt_tokens for pool in engine.stats().pools)
 
     asyncio.run(run())
 

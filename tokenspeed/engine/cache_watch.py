@@ -19,7 +19,7 @@ CHUNK_EVENTS = 1_000
 """Of one batch at most; a chunk of a snapshot has as many blocks."""
 
 HISTORY_EVENTS = 1 << 15
-"""Events that are remembered: about as many blocks as a GPU computes in ten minutes."""
+"""Events that are remembered: some 14 MB if all are new blocks of 64 tokens."""
 
 
 class Stored(msgspec.Struct, tag="stored", frozen=True, gc=False):
