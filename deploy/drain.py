@@ -1,8 +1,9 @@
 """What a pod of several ranks does before SIGTERM: wait until nothing runs any more, SECONDS at most.
 
-usage: python drain.py SECONDS. Asks the first rank (LWS_LEADER_ADDRESS, else this machine) with TOKENSPEED_API_KEY how
-busy it is. The first seconds are waited for in any case, for the gateway to stop sending requests; a server that
-is not ready any more has no streams left to wait for, so that a group that failed is replaced at once.
+usage: python drain.py SECONDS. Asks the first rank (LWS_LEADER_ADDRESS, else this machine) how busy it is, with
+TOKENSPEED_API_KEY where the server has keys. The first ten seconds are waited for in any case, so that the gateway stops
+sending requests; a server that is not ready any more has no streams left to wait for, so that a group that failed is
+replaced after these.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def busy(base: str, key: str) -> bool:
     try:
         with urllib.request.urlopen(f"{base}/ready", timeout=5):
             pass
-        asked = urllib.request.Request(f"{base}/v1/load", headers={"Authorization": f"Bearer {key}"})
+        asked = urllib.request.Request(f"{base}/v1/load", headers={"Authorization": f"Bearer {key}"} if key else {})
         with urllib.request.urlopen(asked, timeout=5) as answer:
             load = json.load(answer)
     except urllib.error.HTTPError as error:
