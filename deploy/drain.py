@@ -1,9 +1,9 @@
 """What a pod of several ranks does before SIGTERM: wait until nothing runs any more, SECONDS at most.
 
 usage: python drain.py SECONDS. Asks the first rank (LWS_LEADER_ADDRESS, else this machine) how busy it is, with
-TOKENSPEED_API_KEY where the server has keys. The first ten seconds are waited for in any case, so that the gateway stops
-sending requests; a server that is not ready any more has no streams left to wait for, so that a group that failed is
-replaced after these.
+TOKENSPEED_API_KEY where the server has keys. The first ten seconds are waited for in any case, so that the gateway
+stops sending requests; a server that is not ready any more has no streams left to wait for, so that a group that failed
+is replaced after these.
 """
 
 from __future__ import annotations
