@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tokenspeed"
 
 FLOORS = {
+    "__main__": 6,
     "entrypoints": 6,
     "bench": 6,
     "simulate": 6,
