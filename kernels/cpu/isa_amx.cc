@@ -28,6 +28,7 @@ constexpr int LANES = 16;
 #include "linear_many.h"
 #include "panels.h"
 #include "pairs.h"
+#include "pair_order.h"
 #include "pair_tiles.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"

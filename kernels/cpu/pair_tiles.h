@@ -158,45 +158,84 @@ void only_rounded_pairs(const Linear& a, const float* packed, int64_t begin, int
     rounded_pairs<F>(a, Pairs(packed, end - begin, a.groups()), begin, first, last, scratch);
 }
 
-// sums [M, 16] (from zero if `first`) += scale · (tile · group) + minimum · (sum of the token) for `depth` groups of
-// words. Four products are under way at a time. Meanwhile the groups `ahead` are fetched, if not null: expanding them
-// would wait.
-template <int M, class F>
-inline void scaled_tile(const char* x, const float* token_sums, const Strip<F>& strip, int64_t depth, const char* ahead,
-                        bool first, float* products, float* sums) {
+// sums [M, 16] (from zero if `first`) += scale · (tile · group) + minimum · (sum of the token) for N groups.
+template <int M, int N, class F>
+inline void scaled_tile(const char* x, const float* token_sums, const Expanded<F>& weights, bool first, float* products,
+                        float* sums) {
+    each<N>([&](auto i) {
+        tile_zero<i.value>();
+        tile_load<4 + i.value % 2>(x + i.value * M * GROUP_WORDS * 4);
+        tile_load<6 + i.value % 2>(weights.words + i.value * GROUP_BYTES);
+        tile_multiply<i.value, 4 + i.value % 2, 6 + i.value % 2>();
+        tile_store<i.value>(products + i.value * M * PANEL_ROWS);
+    });
     Floats totals[M];
     for (int m = 0; m < M; ++m) totals[m] = first ? Floats{} : load(sums + m * PANEL_ROWS);
-    const auto step = [&](auto number, int64_t g) {
-        if (ahead != nullptr) {
-            for (int64_t line = 0; line < number.value * F::BYTES; line += 64) {
-                __builtin_prefetch(ahead + g * F::BYTES + line);
-            }
+    for (int i = 0; i < N; ++i) {
+        const float* of = products + i * M * PANEL_ROWS;
+        const Floats scale = load(weights.scales + i * PANEL_ROWS);
+        for (int m = 0; m < M; ++m) totals[m] = fused(load(of + m * PANEL_ROWS), scale, totals[m]);
+        if constexpr (F::MINIMUMS) {
+            const Floats minimum = load(weights.minimums + i * PANEL_ROWS);
+            for (int m = 0; m < M; ++m) totals[m] = fused(splat(token_sums[i * M + m]), minimum, totals[m]);
         }
-        each<number.value>([&](auto i) {
-            tile_zero<i.value>();
-            tile_load<4 + i.value % 2>(x + (g + i.value) * M * GROUP_WORDS * 4);
-            tile_load<6 + i.value % 2>(strip.words + (g + i.value) * GROUP_BYTES);
-            tile_multiply<i.value, 4 + i.value % 2, 6 + i.value % 2>();
-            tile_store<i.value>(products + i.value * M * PANEL_ROWS);
-        });
-        for (int i = 0; i < number.value; ++i) {
-            const float* of = products + i * M * PANEL_ROWS;
-            const Floats scale = load(strip.scales + (g + i) * PANEL_ROWS);
-            for (int m = 0; m < M; ++m) totals[m] = fused(load(of + m * PANEL_ROWS), scale, totals[m]);
-            if constexpr (F::MINIMUMS) {
-                const Floats minimum = load(strip.minimums + (g + i) * PANEL_ROWS);
-                for (int m = 0; m < M; ++m) totals[m] = fused(splat(token_sums[(g + i) * M + m]), minimum, totals[m]);
-            }
-        }
-    };
-    int64_t g = 0;
-    for (; g + 4 <= depth; g += 4) step(Width<4>{}, g);
-    if (g + 2 <= depth) {
-        step(Width<2>{}, g);
-        g += 2;
     }
-    if (g < depth) step(Width<1>{}, g);
     for (int m = 0; m < M; ++m) store(sums + m * PANEL_ROWS, totals[m]);
+}
+
+// Quantised panels [first, last) against one block of tokens in tiles of M. The next groups are expanded before the
+// ones at hand are multiplied: a product that goes through memory takes long, and vectors have nothing else to do.
+template <int M, class F>
+inline void scaled_panels(const Linear& a, const Pairs& x, int64_t begin, int64_t first, int64_t last, float* scratch) {
+    constexpr int64_t MOST = Expanded<F>::GROUPS, SIZE = M * PANEL_ROWS;
+    static_assert(MOST == 4);
+    Expanded<F> now(scratch), next(scratch + Expanded<F>::FLOATS);
+    float* products = scratch + 2 * Expanded<F>::FLOATS;
+    float* sums = products + MOST * PANEL_ROWS * PANEL_ROWS;
+    const char* group = static_cast<const char*>(a.weight) + first * x.groups * F::BYTES;
+    const char* const end = group + (last - first) * x.groups * F::BYTES;
+    int64_t panel_left = x.groups;
+    const auto expand = [&] {
+        if (group == end) return;
+        const int64_t count = panel_left < MOST ? panel_left : MOST;
+        next.expand(group, count);
+        group += count * F::BYTES;
+        panel_left = panel_left == count ? x.groups : panel_left - count;
+    };
+    const Tiles tiles(M);
+    expand();
+    for (int64_t panel = first; panel < last; ++panel) {
+        if (x.groups == 0) __builtin_memset(sums, 0, static_cast<std::size_t>(x.tiles * SIZE) * sizeof(float));
+        for (int64_t g = 0; g < x.groups; g += MOST) {
+            const int64_t left = x.groups - g;
+            const Expanded<F> free = now;
+            now = next, next = free;
+            expand();
+            for (int64_t t = 0; t < x.tiles; ++t) {
+                const auto run = [&](auto groups) {
+                    scaled_tile<M, groups.value>(x.tile(t, g), x.sums_of(t, g), now, g == 0, products, sums + t * SIZE);
+                };
+                switch (left) {
+                    case 1: run(Width<1>{}); break;
+                    case 2: run(Width<2>{}); break;
+                    case 3: run(Width<3>{}); break;
+                    default: run(Width<4>{}); break;
+                }
+            }
+        }
+        write_pairs(a, x, begin, panel, sums, SIZE);
+    }
+}
+
+// Whether the tokens [begin, end) of a block are multiplied in vectors.
+template <class F>
+inline bool ordered(const Linear& a, int64_t begin, int64_t end) {
+    return end - begin <= F::ORDERED && (a.tokens <= PAIRS_FEW || a.float_out);
+}
+
+template <class F>
+void scaled_pack(const Linear& a, int64_t begin, int64_t end, float* packed) {
+    (ordered<F>(a, begin, end) ? ordered_pack<F::MINIMUMS> : pairs_pack<F::MINIMUMS>)(a, begin, end, packed);
 }
 
 // Quantised panels [first, last) against one block of tokens.
@@ -207,31 +246,13 @@ void scaled_pairs(const Linear& a, const float* packed, int64_t begin, int64_t e
     if (a.tokens > PAIRS_FEW && !a.float_out) {
         return rounded_pairs<typename F::View>(a, x, begin, first, last, scratch);
     }
-    const int64_t size = x.rows * PANEL_ROWS, most = strip_depth(x.groups);
-    const Tiles tiles(x.rows);
-    Strip<F> strip(scratch);
-    float* products = scratch + STRIP_FLOATS;
-    float* sums = products + 4 * PANEL_ROWS * PANEL_ROWS;
-    for (int64_t panel = first; panel < last; ++panel) {
-        const char* group = static_cast<const char*>(a.weight) + panel * x.groups * F::BYTES;
-        for (int64_t g = 0; g == 0 || g < x.groups; g += most) {
-            const int64_t depth = x.groups - g < most ? x.groups - g : most;
-            strip.expand(group, depth);
-            group += depth * F::BYTES;
-            const auto run = [&](auto rows) {
-                for (int64_t t = 0; t < x.tiles; ++t) {
-                    scaled_tile<rows.value>(x.tile(t, g), x.sums_of(t, g), strip, depth, t == 0 ? group : nullptr,
-                                            g == 0, products, sums + t * size);
-                }
-            };
-            switch (x.rows) {
-                case 1: run(Width<1>{}); break;
-                case 2: run(Width<2>{}); break;
-                case 4: run(Width<4>{}); break;
-                case 8: run(Width<8>{}); break;
-                default: run(Width<16>{}); break;
-            }
-        }
-        write_pairs(a, x, begin, panel, sums, size);
+    const NormalNumbers normal;
+    if (ordered<F>(a, begin, end)) return ordered_pairs<F>(a, packed, begin, end, first, last);
+    switch (x.rows) {
+        case 1: return scaled_panels<1, F>(a, x, begin, first, last, scratch);
+        case 2: return scaled_panels<2, F>(a, x, begin, first, last, scratch);
+        case 4: return scaled_panels<4, F>(a, x, begin, first, last, scratch);
+        case 8: return scaled_panels<8, F>(a, x, begin, first, last, scratch);
+        default: return scaled_panels<16, F>(a, x, begin, first, last, scratch);
     }
 }
