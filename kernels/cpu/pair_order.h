@@ -80,7 +80,7 @@ inline void ordered_panels(const Linear& a, const float* packed, int64_t begin, 
                 ordered_group<F, N>(of, x.groups, packed + g * GROUP, token_sums + g, totals[p]);
             }
         }
-        for (int64_t p = 0; p < count; ++p) write_pairs(a, x, begin, panel + p, totals[p], N * PANEL_ROWS);
+        for (int64_t p = 0; p < count; ++p) write_pairs(a, x, begin, panel + p, totals[p], N * PANEL_ROWS, 0, 1);
         panel += count;
     }
 }

@@ -50,13 +50,24 @@ template <int N, class Body>
     [&]<int... I>(Lanes<I...>) { (body(Width<I>{}), ...); }(typename CountLanes<N>::type{});
 }
 
+// Lines that are asked into the second-level cache, so many in a step: what comes next is read from memory evenly while the
+// tiles are busy, not all at once when it is needed.
+struct Stream {
+    const char* at;
+    int lines;
+
+    void step() {
+        for (int i = 0; i < lines; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
 // sums (from zero if `first`) += T tiles of tokens · P panels of weights, `depth` groups of each. A tile's sums are
 // `sums_stride` floats behind those of the one before, a panel's follow each other. The first tokens bring the
-// weights from memory, and those AHEAD are fetched; behind a panel's end comes its successor in this stream, P panels
+// weights near, and those AHEAD are fetched; behind a panel's end comes its successor in this stream, P panels
 // on.
 template <int T, int P, bool FETCH>
 inline void multiply_tiles(const char* x, int64_t x_stride, int rows, const char* weight, int64_t panel_bytes,
-                           int64_t depth, int64_t left, bool first, float* sums, int64_t sums_stride) {
+                           int64_t depth, int64_t left, bool first, float* sums, int64_t sums_stride, Stream& next) {
     static_assert(T * P <= 4);
     constexpr int64_t AHEAD = T == 1 ? 4 : 2;
     const int64_t size = rows * PANEL_ROWS;
@@ -78,6 +89,7 @@ inline void multiply_tiles(const char* x, int64_t x_stride, int rows, const char
                 }
             }
         }
+        next.step();
         each<T>([&](auto t) { tile_load<4 + t.value>(x + t.value * x_stride); });
         each<P>([&](auto p) {
             constexpr int WEIGHTS = 6 + p.value % 2;
@@ -90,15 +102,43 @@ inline void multiply_tiles(const char* x, int64_t x_stride, int rows, const char
     });
 }
 
+// The outputs of `count` panels for the tokens of the tiles [t, t + several), from their sums: whole lines where two panels
+// make one.
+inline void write_tiles(const Linear& a, const Pairs& x, int64_t begin, int64_t t, int64_t several, int64_t panel,
+                        int64_t count, const float* sums, int64_t stride) {
+    const int64_t size = x.rows * PANEL_ROWS, row = panel * PANEL_ROWS;
+    const bool lines = count == 2 && !a.float_out && row + 2 * PANEL_ROWS <= a.rows;
+    if (!lines) {
+        for (int64_t p = 0; p < count; ++p) write_pairs(a, x, begin, panel + p, sums + p * size, stride, t, several);
+        return;
+    }
+    const BFloat16* bias = static_cast<const BFloat16*>(a.bias);
+    const Floats first = bias == nullptr ? Floats{} : load(bias + row);
+    const Floats second = bias == nullptr ? Floats{} : load(bias + row + PANEL_ROWS);
+    const int64_t end = (t + several) * x.rows < x.tokens ? (t + several) * x.rows : x.tokens;
+    for (int64_t token = t * x.rows; token < end; ++token) {
+        const float* of = sums + (token / x.rows - t) * stride + token % x.rows * PANEL_ROWS;
+        Floats low = load(of), high = load(of + size);
+        if (bias != nullptr) low += first, high += second;
+        const __m512bh rounded = _mm512_cvtne2ps_pbh(bit_copy<__m512>(high), bit_copy<__m512>(low));
+        __builtin_memcpy(static_cast<BFloat16*>(a.out) + (begin + token) * a.rows + row, &rounded, sizeof rounded);
+    }
+}
+
 // Panels [first, last) against one block of tokens, as many as PANELS together. words(first panel, their number,
-// first group, groups, stride) gives bfloat16 words of a strip of them, and sets the bytes from panel to panel.
+// first group, groups, stride) gives bfloat16 words of a strip of them, and sets the bytes from panel to panel. A panel of
+// the weights has `bytes`.
 template <int PANELS, bool FETCH, class Words_>
 inline void strips_of_tiles(const Linear& a, const Pairs& x, int64_t begin, int64_t first, int64_t last, int64_t depth,
-                            float* sums, const Words_& words) {
-    const int64_t size = x.rows * PANEL_ROWS;
+                            int64_t bytes, float* sums, const Words_& words) {
+    const int64_t size = x.rows * PANEL_ROWS, passes = (x.tiles + 1) / 2;
     const Tiles tiles(x.rows);
     for (int64_t panel = first; panel < last;) {
         const int64_t count = last - panel >= PANELS ? PANELS : last - panel >= 2 ? 2 : 1, stride = count * size;
+        Stream next{static_cast<const char*>(a.weight) + (panel + count) * bytes, 0};
+        if (panel + count < last && passes > 1) {
+            next.lines = static_cast<int>((count * bytes / 64 + passes * x.groups - 1) / (passes * x.groups));
+        }
         for (int64_t g = 0; g == 0 || g < x.groups; g += depth) {
             const int64_t till = x.groups - g < depth ? x.groups - g : depth;
             int64_t t = 0, panel_bytes = 0;
@@ -106,8 +146,10 @@ inline void strips_of_tiles(const Linear& a, const Pairs& x, int64_t begin, int6
             const auto run = [&](auto several, auto panels) {
                 const auto multiply = FETCH && t == 0 ? multiply_tiles<several.value, panels.value, FETCH>
                                                       : multiply_tiles<several.value, panels.value, false>;
-                multiply(x.tile(t, g), x.tile_bytes(), x.rows, weight, panel_bytes, till, x.groups - g, g == 0,
-                         sums + t * stride, stride);
+                float* of = sums + (depth < x.groups ? t * stride : 0);
+                multiply(x.tile(t, g), x.tile_bytes(), x.rows, weight, panel_bytes, till, x.groups - g, g == 0, of,
+                         stride, next);
+                if (g + till >= x.groups) write_tiles(a, x, begin, t, several.value, panel, count, of, stride);
                 t += several.value;
             };
             while (t + 2 <= x.tiles) count == 2 ? run(Width<2>{}, Width<2>{}) : run(Width<2>{}, Width<1>{});
@@ -116,7 +158,6 @@ inline void strips_of_tiles(const Linear& a, const Pairs& x, int64_t begin, int6
                                 : count == 2 ? run(Width<1>{}, Width<2>{}) : run(Width<1>{}, Width<1>{});
             }
         }
-        for (int64_t p = 0; p < count; ++p) write_pairs(a, x, begin, panel + p, sums + p * size, stride);
         panel += count;
     }
 }
@@ -129,9 +170,10 @@ inline void plain_pairs(const Linear& a, const float* packed, int64_t begin, int
         panel_bytes = x.groups * GROUP_BYTES;
         return static_cast<const char*>(a.weight) + panel * panel_bytes + g * GROUP_BYTES;
     };
-    if (x.tiles == 1) return strips_of_tiles<4, true>(a, x, begin, first, last, x.groups + 1, scratch, words);
-    const int64_t depth = x.tiles == 2 ? x.groups + 1 : strip_depth(x.groups);
-    strips_of_tiles<2, true>(a, x, begin, first, last, depth, scratch, words);
+    // Tokens and weights come from the second-level cache either way: strips that fit L1 were 10% slower.
+    const int64_t whole = x.groups + 1, bytes = x.groups * GROUP_BYTES;
+    (x.tiles == 1 ? strips_of_tiles<4, true, decltype(words)> : strips_of_tiles<2, true, decltype(words)>)(
+        a, x, begin, first, last, whole, bytes, scratch, words);
 }
 
 // Quantised panels, rounded to bfloat16 strip by strip: F is their view of panels.h.
@@ -148,7 +190,8 @@ inline void rounded_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_
         }
         return strip;
     };
-    strips_of_tiles<2, false>(a, x, begin, first, last, depth, scratch + 2 * STRIP_GROUPS * GROUP_BYTES / 4, words);
+    float* sums = scratch + 2 * STRIP_GROUPS * GROUP_BYTES / 4;
+    strips_of_tiles<2, false>(a, x, begin, first, last, depth, x.groups * F::BYTES, sums, words);
 }
 
 // The same, of a block of tokens.
@@ -223,7 +266,7 @@ inline void scaled_panels(const Linear& a, const Pairs& x, int64_t begin, int64_
                 }
             }
         }
-        write_pairs(a, x, begin, panel, sums, SIZE);
+        write_pairs(a, x, begin, panel, sums, SIZE, 0, x.tiles);
     }
 }
 

@@ -238,15 +238,17 @@ void pairs_pack(const Linear& a, int64_t begin, int64_t end, float* packed) {
     }
 }
 
-// The outputs of one panel: sums [tiles, rows, 16], a tile `stride` floats behind the one before.
+// The outputs of one panel for the tokens of the tiles [tile, tile + several): sums [several, rows, 16], a tile `stride`
+// floats behind the one before.
 inline void write_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_t panel, const float* sums,
-                        int64_t stride) {
+                        int64_t stride, int64_t tile, int64_t several) {
     const BFloat16* bias = static_cast<const BFloat16*>(a.bias);
     const int64_t row = panel * PANEL_ROWS;
     const int rows = static_cast<int>(a.rows - row < PANEL_ROWS ? a.rows - row : PANEL_ROWS);
     const Floats added = bias == nullptr || rows < PANEL_ROWS ? Floats{} : load(bias + row);
-    for (int64_t t = 0; t < x.tokens; ++t) {
-        const float* of = sums + t / x.rows * stride + t % x.rows * PANEL_ROWS;
+    const int64_t end = (tile + several) * x.rows < x.tokens ? (tile + several) * x.rows : x.tokens;
+    for (int64_t t = tile * x.rows; t < end; ++t) {
+        const float* of = sums + (t / x.rows - tile) * stride + t % x.rows * PANEL_ROWS;
         if (rows < PANEL_ROWS) {
             write_sums(a, bias, begin + t, row, rows, of);
             continue;
