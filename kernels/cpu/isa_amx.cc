@@ -34,6 +34,7 @@ constexpr int LANES = 16;
 #include "attention_prefill.h"
 #include "attention_pairs.h"
 #include "attention_tiles.h"
+#include "mla_soften.h"
 #include "mla_tiles.h"
 }  // namespace
 #include "pair_table.h"

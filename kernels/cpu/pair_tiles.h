@@ -50,8 +50,8 @@ template <int N, class Body>
     [&]<int... I>(Lanes<I...>) { (body(Width<I>{}), ...); }(typename CountLanes<N>::type{});
 }
 
-// Lines that are asked into the second-level cache, so many in a step: what comes next is read from memory evenly while the
-// tiles are busy, not all at once when it is needed.
+// Lines that are asked into the second-level cache, so many in a step: what comes next is read from memory evenly while
+// the tiles are busy, not all at once when it is needed.
 struct Stream {
     const char* at;
     int lines;
@@ -102,8 +102,8 @@ inline void multiply_tiles(const char* x, int64_t x_stride, int rows, const char
     });
 }
 
-// The outputs of `count` panels for the tokens of the tiles [t, t + several), from their sums: whole lines where two panels
-// make one.
+// The outputs of `count` panels for the tokens of the tiles [t, t + several), from their sums: whole lines where two
+// panels make one.
 inline void write_tiles(const Linear& a, const Pairs& x, int64_t begin, int64_t t, int64_t several, int64_t panel,
                         int64_t count, const float* sums, int64_t stride) {
     const int64_t size = x.rows * PANEL_ROWS, row = panel * PANEL_ROWS;
@@ -126,8 +126,8 @@ inline void write_tiles(const Linear& a, const Pairs& x, int64_t begin, int64_t 
 }
 
 // Panels [first, last) against one block of tokens, as many as PANELS together. words(first panel, their number,
-// first group, groups, stride) gives bfloat16 words of a strip of them, and sets the bytes from panel to panel. A panel of
-// the weights has `bytes`.
+// first group, groups, stride) gives bfloat16 words of a strip of them, and sets the bytes from panel to panel. A panel
+// of the weights has `bytes`. Outputs are written while the sums are near.
 template <int PANELS, bool FETCH, class Words_>
 inline void strips_of_tiles(const Linear& a, const Pairs& x, int64_t begin, int64_t first, int64_t last, int64_t depth,
                             int64_t bytes, float* sums, const Words_& words) {

@@ -4,7 +4,7 @@
 //
 // A word of a bfloat16 panel is the pair (k, 16 + k) of a group, so tokens are put into such pairs, once, and weights
 // are used as they lie: a group of a panel is 16 × 16 words. Quantised weights become words of small whole numbers,
-// which bfloat16 holds exactly, for a strip of groups and all tokens; scales and minimums are applied to the group's
+// which bfloat16 holds exactly, for a few groups and all tokens; scales and minimums are applied to the group's
 // sums in float32, so that a weight is the number of the file here too. For more than PAIRS_FEW tokens, whose outputs
 // are bfloat16, they are rounded to it instead: three times as fast, and the error of a product becomes √2 times as
 // large. An output is the same sum in the same order for any number of tokens beside it, of those up to PAIRS_FEW and
@@ -54,8 +54,8 @@ inline Shorts interleaved(Lanes<I...>) {
 }
 
 // Quantised forms: head() gives what each row's sum over the group is multiplied with, and what the tokens' sum is;
-// expand() the group's words, and a Group the same number of each row as floats. The words of four bits are 16 + value: an
-// "or" makes them, and the 16 goes into the minimum. Up to ORDERED tokens vectors beat tiles (pair_order.h).
+// expand() the group's words, and a Group the same numbers as floats, column by column. The words of four bits are 16 +
+// value: an "or" makes them, and the 16 goes into the minimum. Up to ORDERED tokens vectors beat tiles (pair_order.h).
 template <class Scale, bool HAS_MINIMUMS>
 struct NibblePairs {
     using View = Nibbles<Scale, HAS_MINIMUMS>;
@@ -104,8 +104,8 @@ struct NibblePairs {
     };
 };
 
-// Eight bits: converted in the upper byte of an integer, 2^24 too large. Bytes come there by the instructions of several
-// ports, and one permutation under a mask puts two numbers' upper halves together.
+// Eight bits: converted in the upper byte of an integer, 2^24 too large. Bytes come there by instructions of both ports
+// that have vectors, and one permutation under a mask puts two numbers' upper halves together.
 struct BytePairs {
     using View = Bytes;
     static constexpr int64_t BYTES = Bytes::BYTES;
@@ -124,7 +124,8 @@ struct BytePairs {
             words = words & 0xff000000u;
         } else {
             const Words byte_of_word = bit_copy<Words>(lane_index() % 4 * 4 + I) << 24;
-            words = bit_copy<Words>(_mm512_shuffle_epi8(bit_copy<__m512i>(words), bit_copy<__m512i>(byte_of_word | 0x00808080u)));
+            const __m512i places = bit_copy<__m512i>(byte_of_word | 0x00808080u);  // zeros below it
+            words = bit_copy<Words>(_mm512_shuffle_epi8(bit_copy<__m512i>(words), places));
         }
         return __builtin_convertvector(bit_copy<Ints>(words), Floats);
     }
@@ -238,8 +239,8 @@ void pairs_pack(const Linear& a, int64_t begin, int64_t end, float* packed) {
     }
 }
 
-// The outputs of one panel for the tokens of the tiles [tile, tile + several): sums [several, rows, 16], a tile `stride`
-// floats behind the one before.
+// The outputs of one panel for the tokens of the tiles [tile, tile + several): sums [several, rows, 16], a tile
+// `stride` floats behind the one before.
 inline void write_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_t panel, const float* sums,
                         int64_t stride, int64_t tile, int64_t several) {
     const BFloat16* bias = static_cast<const BFloat16*>(a.bias);
