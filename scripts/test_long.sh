@@ -52,3 +52,6 @@ done
 
 echo "== control-plane fuzz against the oracle: $seeds seeds of $ops operations"
 nice "$python" -m tests.core.fuzz --ops "$ops" --seeds "$seeds"
+
+echo "== C++ for 64-bit ARM, compiled"
+scripts/compile_aarch64.sh

@@ -33,10 +33,11 @@ const Kernels* table(Type);
 }
 #endif
 
+#if defined(__x86_64__)
 namespace {
 // Whether the processor has bfloat16 tiles and the system lets this process use them: it must be asked, once.
 bool tiles_allowed() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
     static const bool allowed = [] {
         constexpr unsigned BFLOAT16 = 1u << 22, TILE = 1u << 24;
         constexpr long REQUEST = 0x1023, TILE_DATA = 18;
@@ -50,6 +51,7 @@ bool tiles_allowed() {
 #endif
 }
 }  // namespace
+#endif
 
 bool supports(Isa isa) {
     switch (isa) {
