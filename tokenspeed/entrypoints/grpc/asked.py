@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ ELSEWHERE = ("mm_inputs", "encode_bootstrap_info", "kv_bootstrap_info")
 """Messages of other deployments: media, and prompts computed by another worker."""
 
 MAX_ID_BYTES = 256
+TOKEN_ID = re.compile(r"0|[1-9]\d{0,9}", re.ASCII)
+"""As a key: one spelling each, of 32 bits or a little more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +113,10 @@ def _params(request: pb.GenerateRequest, defaults: Mapping[str, float]) -> Sampl
 
 
 def _biases(asked: Mapping[str, float]) -> dict[int, float]:
-    try:
-        return {int(name): bias for name, bias in asked.items()}
-    except ValueError:
-        wrong = next(name for name in asked if not name.isdecimal())
-        raise InvalidRequest(f"logit_bias must be keyed by token ids, got {wrong[:64]!r}", param="logit_bias") from None
+    wrong = next((name for name in asked if not TOKEN_ID.fullmatch(name)), None)
+    if wrong is not None:
+        raise InvalidRequest(f"logit_bias must be keyed by token ids, got {wrong[:64]!r}", param="logit_bias")
+    return {int(name): bias for name, bias in asked.items()}
 
 
 def _logprobs(request: pb.GenerateRequest) -> int | None:
