@@ -63,11 +63,12 @@ class Asked:
     @classmethod
     def of(cls, request: pb.GenerateRequest, defaults: Mapping[str, float]) -> Asked:
         """Raise `InvalidRequest` naming the field that cannot be honoured."""
-        if not request.request_id or len(request.request_id.encode()) > MAX_ID_BYTES:
-            raise InvalidRequest(f"request_id must have 1 to {MAX_ID_BYTES} bytes", param="request_id")
-        for name in ELSEWHERE:
-            if request.HasField(name):
-                raise InvalidRequest(f"{name} is not supported: this engine computes whole texts itself", param=name)
+        name = request.request_id
+        if not name or len(name.encode()) > MAX_ID_BYTES or not name.isprintable():
+            raise InvalidRequest(f"request_id must have 1 to {MAX_ID_BYTES} bytes, printable ones", param="request_id")
+        for field in ELSEWHERE:
+            if request.HasField(field):
+                raise InvalidRequest(f"{field} is not supported: this engine computes whole texts itself", param=field)
         if request.HasField("data_parallel_rank"):
             raise InvalidRequest(
                 "data_parallel_rank is not supported: the engine chooses the group of ranks", param="data_parallel_rank"
@@ -83,7 +84,7 @@ class Asked:
             ) from None
         asked = request.sampling_params
         return cls(
-            request.request_id,
+            name,
             ids,
             _params(request, defaults),
             _terms(asked),
