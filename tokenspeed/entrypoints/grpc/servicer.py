@@ -24,7 +24,7 @@ from tokenspeed.entrypoints.grpc.tokenizer_files import chunks_of, zipped
 from tokenspeed.entrypoints.grpc.told import Told
 from tokenspeed.entrypoints.limits import Limits
 from tokenspeed.entrypoints.metrics import Metrics, RequestTimes
-from tokenspeed.errors import ConfigError, InternalError, InvalidRequest, RequestError, Unavailable
+from tokenspeed.errors import CheckpointError, ConfigError, InternalError, InvalidRequest, RequestError, Unavailable
 from tokenspeed.request import RequestOutput
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,10 @@ class Servicer:
         """The tokenizer's files, zipped, for a gateway on another machine."""
         engine = await self._ready(context)
         if self._bundle is None:
-            self._bundle = await asyncio.to_thread(zipped, engine.config)
+            try:
+                self._bundle = await asyncio.to_thread(zipped, engine.config)
+            except CheckpointError as error:
+                await _refuse(context, InternalError(str(error)))
         for chunk in chunks_of(self._bundle):
             yield chunk
 
@@ -204,7 +207,7 @@ class Servicer:
         loop = asyncio.get_running_loop()
         until = loop.time() + request.timeout_s
         while (stats := engine.stats()).running + stats.waiting or self.calls:
-            if loop.time() >= until:
+            if not loop.time() < until:  # nor is there a time to wait for in a NaN
                 return common.FlushCacheResponse(success=False, message="requests are running; give a timeout_s")
             await asyncio.sleep(IDLE_POLL_SECONDS)
         try:
