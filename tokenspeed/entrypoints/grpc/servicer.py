@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 from collections import Counter
@@ -93,6 +94,9 @@ class Servicer:
         """Tokens of one request. A client that goes away, or is past its deadline, cancels this."""
         try:
             await self._generate(request, context)
+        except NotRead as error:
+            with contextlib.suppress(grpc.aio.InternalError):  # who reads nothing may leave without reading this
+                await _refuse(context, error)
         except RequestError as error:
             await _refuse(context, error)
 
@@ -146,7 +150,9 @@ class Servicer:
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         """End a request and those whose ids are its children's; one that is not running is fine."""
         wanted = request.request_id
-        found = [id for id in self.calls if id == wanted or (id.startswith(wanted) and CHILD.fullmatch(id, len(wanted)))]
+        found = [
+            id for id in self.calls if id == wanted or (id.startswith(wanted) and CHILD.fullmatch(id, len(wanted)))
+        ]
         for id in found:
             self.calls[id].aborted = True
             await self._engine.abort(id)
