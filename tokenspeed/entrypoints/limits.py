@@ -1,4 +1,7 @@
-"""What the HTTP and gRPC doors bound, in one place. The defaults are what the server runs with; tests pass smaller ones."""
+"""What the HTTP and gRPC doors bound, in one place.
+
+The defaults are what the server runs with; tests pass smaller ones.
+"""
 
 from __future__ import annotations
 
