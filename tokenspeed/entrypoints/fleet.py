@@ -122,8 +122,8 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Fleet:
     config = parse_flags(["--host", "127.0.0.1", "--port", str(named.worker_port), *flags], environment, GRPC)
     if config.api_keys or config.ssl_certfile:
         raise ConfigError(
-            "the gateway sends engines no key and speaks no TLS with them: leave out --api-key (TOKENSPEED_API_KEY) and "
-            "--ssl-certfile; the gateway's own flags follow a --"
+            "the gateway sends engines no key and speaks no TLS with them: leave out --api-key (TOKENSPEED_API_KEY) "
+            "and --ssl-certfile; the gateway's own flags follow a --"
         )
     ranks = named.workers * config.engine.parallel.world
     devices = _devices(environment)
