@@ -21,7 +21,16 @@ import uvloop
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2_grpc as stubs
 
-from tokenspeed.bench.front import HEAD, OPENING_SECONDS, PROBED, Run, processor_seconds, sensible, sent_times, stub_server
+from tokenspeed.bench.front import (
+    HEAD,
+    OPENING_SECONDS,
+    PROBED,
+    Run,
+    processor_seconds,
+    sensible,
+    sent_times,
+    stub_server,
+)
 
 PROMPT = list(range(100, 356))
 
