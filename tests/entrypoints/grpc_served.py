@@ -164,9 +164,13 @@ def serving(
     limits: Limits | None = None,
     keys: Keys | None = None,
     pause: float | None = None,
+    tls: tuple[Path, Path] | None = None,
     **config: Any,
 ) -> None:
-    """Run `work` beside a server; with a `pause` tokens gather for that long, whoever else streams."""
+    """Run `work` beside a server; with a `pause` tokens gather for that long, whoever else streams.
+
+    `tls` are the files of a private key and of its certificate.
+    """
 
     async def serve() -> None:
         made = link or Link()
@@ -180,13 +184,19 @@ def serving(
             limits=limits or Limits(heartbeat_seconds=60.0),
             metrics=metrics,
             served_names=("m",),
+            tls=None if tls is None else (str(tls[0]), str(tls[1])),
             pause_beside=pause_beside if pause is None else lambda _: pause,
         )
         if made.loads:
             await engine.start()
         await server.start()
+        address = f"127.0.0.1:{server.port}"
+        if tls is None:
+            opened = grpc.aio.insecure_channel(address)
+        else:
+            opened = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(tls[1].read_bytes()))
         try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            async with opened as channel:
                 await work(Served(engine, server, made, metrics, channel, stubs.TokenSpeedSchedulerStub(channel)))
         finally:
             server.drain()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import subprocess
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import tokenizers
 from google.protobuf.json_format import MessageToDict
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
+from smg_grpc_proto.generated import tokenspeed_scheduler_pb2_grpc as stubs
 
 from tests.entrypoints.grpc_served import EOS, Link, Served, read, refused, serving, write_model
 from tokenspeed import __version__
@@ -25,7 +27,9 @@ from tokenspeed.engine import cache_watch
 from tokenspeed.engine.messages import EngineStats, Failed, Heartbeat, Lost, PoolStats
 from tokenspeed.entrypoints.auth import Keys
 from tokenspeed.entrypoints.grpc import tokenizer_files
+from tokenspeed.entrypoints.grpc.server import GrpcServer
 from tokenspeed.entrypoints.limits import Limits
+from tokenspeed.errors import ConfigError
 
 Code = grpc.StatusCode
 BLOCK = 64
@@ -116,6 +120,36 @@ def test_a_message_over_the_limit_is_refused_and_the_next_one_is_not(checkpoint:
         assert (await read(served.generate("short", [1] * 500)))[-1].complete.finish_reason == "stop"
 
     serving(checkpoint, work, limits=Limits(max_message_bytes=1000, heartbeat_seconds=60.0))
+
+
+def test_tls_is_spoken_with_the_given_certificate(checkpoint: Path, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {key} -out {certificate}"
+    subject = ["-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*make.split(), *subject], check=True, capture_output=True)
+
+    async def work(served: Served) -> None:
+        served.link.script = [100, EOS]
+        assert (await read(served.generate()))[-1].complete.finish_reason == "stop"
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{served.server.port}") as plain:
+            stub = stubs.TokenSpeedSchedulerStub(plain)
+            assert (await refused(stub.HealthCheck(pb.HealthCheckRequest()))).code() is Code.UNAVAILABLE
+
+    serving(checkpoint, work, tls=(key, certificate))
+
+
+def test_a_port_that_is_taken_is_told_and_a_server_that_never_started_closes(checkpoint: Path) -> None:
+    async def work(served: Served) -> None:
+        taken = served.server.port
+        rest: dict[str, Any] = {"keys": Keys((), ()), "limits": Limits(), "metrics": served.metrics}
+        for host, port in (("127.0.0.1", taken), ("192.0.2.1", 0)):
+            with pytest.raises(ConfigError, match=f"{host}:{port}"):
+                GrpcServer(served.engine, host=host, port=port, **rest)
+        other = GrpcServer(served.engine, host="127.0.0.1", port=0, **rest)
+        assert other.port not in (0, taken)
+        await asyncio.wait_for(other.close(), 2)
+
+    serving(checkpoint, work)
 
 
 @pytest.mark.parametrize("method", ["/vllm.grpc.engine.VllmEngine/HealthCheck", "/grpc.health.v1.Health/Check"])
