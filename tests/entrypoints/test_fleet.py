@@ -163,6 +163,13 @@ def test_a_key_from_the_environment_is_refused_too() -> None:
         parse(TOKENSPEED_API_KEY="k")
 
 
+def test_a_gateway_that_everybody_reaches_has_a_key_or_is_meant_to_have_none() -> None:
+    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 is public: add -- --api-key KEY"):
+        parse("--host", "0.0.0.0", "--", "--max-payload-size", "9")
+    for guard in (["--", "--api-key", "k"], ["--", "--api-key=k"], ["--", "--tenant-api-key", "a:k"], ["--insecure"]):
+        assert parse("--host", "0.0.0.0", *guard).host == "0.0.0.0"
+
+
 def test_a_taken_port_is_told_at_once() -> None:
     first = free_ports(3)
     for taken in (first, first + 2):

@@ -15,6 +15,7 @@ from tests.entrypoints.grpc_served import EOS, Link, Served, one, read, refused,
 from tokenspeed.batch import Finish
 from tokenspeed.engine.messages import Lost, Refused
 from tokenspeed.entrypoints.grpc import server as grpc_server
+from tokenspeed.entrypoints.grpc.pace import pause_beside
 from tokenspeed.entrypoints.limits import Limits
 from tokenspeed.request import TokenLogprob
 
@@ -50,6 +51,12 @@ def test_the_ids_are_the_same_however_they_gather_and_the_end_waits_for_nothing(
         assert (len(messages) > 1) == stream
 
     serving(checkpoint, work, link=Link(script=SCRIPT), pause=pause)
+
+
+def test_more_streams_rest_longer_up_to_a_bound() -> None:
+    rests = [pause_beside(number) for number in range(1, 1000)]
+    assert rests == sorted(rests) and rests[0] < 0.001 and rests[-1] == 0.05
+    assert 0.015 < pause_beside(64) < 0.02, "what its documentation says"
 
 
 def test_a_first_token_waits_for_no_other(checkpoint: Path) -> None:

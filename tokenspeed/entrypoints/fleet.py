@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from tokenspeed.entrypoints.flags import GRPC, GRPC_PORT, parse_flags
+from tokenspeed.entrypoints.flags import GRPC, GRPC_PORT, is_loopback, parse_flags
 from tokenspeed.entrypoints.listen import bind
 from tokenspeed.errors import ConfigError
 from tokenspeed.logs import configure_logging
@@ -125,6 +125,9 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Fleet:
             "the gateway sends engines no key and speaks no TLS with them: leave out --api-key (TOKENSPEED_API_KEY) "
             "and --ssl-certfile; the gateway's own flags follow a --"
         )
+    guarded = any(part.partition("=")[0].endswith("-api-key") for part in theirs)
+    if not (guarded or config.insecure or is_loopback(named.host)):
+        raise ConfigError(f"--host {named.host} is public: add -- --api-key KEY, or --insecure to serve everybody")
     ranks = named.workers * config.engine.parallel.world
     devices = _devices(environment)
     if devices and len(devices) < ranks:
