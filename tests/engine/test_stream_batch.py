@@ -59,7 +59,7 @@ def test_without_a_pause_a_batch_is_what_is_there_or_the_next_output(world: Worl
 def test_outputs_gather_for_the_pause(world: World) -> None:
     async def work() -> None:
         world.feed(A)
-        task = await waiting(world, 0.05)
+        task = await waiting(world, 0.2)
         world.feed(B)
         await asyncio.sleep(0)
         world.feed(C)

@@ -199,7 +199,7 @@ def test_a_client_that_cancels_or_is_past_its_deadline_ends_the_engines_work(che
         begun.cancel()
         waiting.cancel()
         await served.link.until(lambda link: len(link.aborted) == 2)
-        late = served.generate("late", timeout=0.2)
+        late = served.generate("late", timeout=0.5)
         assert (await refused(late)).code() is Code.DEADLINE_EXCEEDED
         await served.link.until(lambda link: len(link.aborted) == 3)
         assert sorted(served.link.aborted) == [submit.id for submit in served.link.submitted]
