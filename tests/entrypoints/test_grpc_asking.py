@@ -395,14 +395,14 @@ def test_what_becomes_of_blocks_is_told_in_runs(checkpoint: Path) -> None:
         batches = watching(served)
         first = await anext(batches)
         assert (first.sequence_number, events(first)) == (1, ["cleared"])
-        served.link.receive(heard((7, None), (-8, 7), (9, -8), (20, 7), (30, None)))
+        served.link.receive(heard((7, None), (-8, 7), (9, -8), (20, 7), (30, None), 30, (31, 30)))
         served.link.receive(heard(9, -8, (9, 7), 20, None, (1, 0)))
-        served.link.receive(heard((5, None), pool=1))
+        served.link.receive(heard((5, None), None, (6, 5), pool=1))
         second, third, fourth = [await anext(batches) for _ in range(3)]
         assert [batch.sequence_number for batch in (second, third, fourth)] == [2, 3, 4]
-        assert events(second) == [(None, [7, -8, 9]), (7, [20]), (None, [30])]
+        assert events(second) == [(None, [7, -8, 9]), (7, [20]), (None, [30]), [30], (30, [31])]
         assert events(third) == [[9, -8], (7, [9]), [20], "cleared", (0, [1])]
-        assert (fourth.dp_rank, third.dp_rank, events(fourth)) == (1, 0, [(None, [5])])
+        assert (fourth.dp_rank, third.dp_rank, events(fourth)) == (1, 0, [(None, [5]), "cleared", (5, [6])])
         assert second.timestamp > 1_700_000_000 and not second.HasField("snapshot")
         assert {event.event_id for event in third.events} == {3}
 

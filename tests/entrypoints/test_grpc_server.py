@@ -349,6 +349,23 @@ def test_a_client_that_reads_nothing_is_ended_and_the_others_go_on(
     serving(checkpoint, work, limits=Limits(reader_seconds=0.3, heartbeat_seconds=60.0))
 
 
+def test_a_client_that_has_read_everything_may_wait_for_as_long_as_it_takes(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_server, "STALL_POLL_SECONDS", 0.02)
+
+    async def work(served: Served) -> None:
+        call = served.generate()
+        (submit,) = await served.link.submits(1)
+        served.link.give(submit.id, 100)
+        await one(call)
+        await asyncio.sleep(0.3)
+        served.link.give(submit.id, 101, EOS, finish=Finish.STOP)
+        assert ids_of(await read(call)) == [101]
+
+    serving(checkpoint, work, limits=Limits(reader_seconds=0.1, heartbeat_seconds=60.0))
+
+
 def test_one_that_never_reads_the_end_of_it_either_is_no_trouble_when_it_leaves(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
