@@ -55,7 +55,7 @@ FullBlock on(WritableBlock&& block, Seal seal) {
   taken<WritableBlock, Seal>();
   BlockPool& pool = *std::exchange(block.pool_, nullptr);
   if (pool.index(seal.content().hash, block.id_)) {
-    pool.log_.filled(seal.content());
+    pool.log_.filled(block.id_, seal.content());
     pool[block.id_].kind = BlockPool::Kind::kSealed;
     return SealedBlock(pool, block.id_);
   }
@@ -126,9 +126,8 @@ LoadingBlock on(HostBlock&& block, Load event) {
   taken<HostBlock, Load>();
   BlockPool& pool = *std::exchange(event.room.pool_, nullptr);
   const BlockId id = event.room.id_;
-  const Hash& hash = block.pool_->hash(block.id_);
-  if (!pool.index(hash, id)) throw InvariantBroken("a block is loaded that is on the device");
-  pool.log_.copied(hash);
+  if (!pool.index(block.pool_->hash(block.id_), id)) throw InvariantBroken("a block is loaded that is on the device");
+  pool.log_.copied(id);
   pool[id].kind = BlockPool::Kind::kCopying;
   return {pool, id, std::move(block)};
 }
@@ -246,11 +245,6 @@ CachedBlock BlockPool::take_cached(BlockId id) {
 
 bool BlockPool::index(const Hash& hash, BlockId id) {
   return index_.insert(hash, raw(id));
-}
-
-void BlockPool::unindex(BlockId id) {
-  log_.lost(hash(id));
-  index_.erase(raw(id));
 }
 
 void BlockPool::end_copy(BlockId id) {

@@ -105,7 +105,10 @@ class BlockPool {
   void let_go(BlockId id);
   CachedBlock take_cached(BlockId id);
   bool index(const Hash& hash, BlockId id);
-  void unindex(BlockId id);
+  void unindex(BlockId id) {
+    log_.losing(id);
+    index_.erase(raw(id));
+  }
   // The copy is over, one way or the other: the block leaves the index unless it was withdrawn before.
   void end_copy(BlockId id);
 

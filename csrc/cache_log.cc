@@ -8,30 +8,29 @@ std::int64_t name(const Hash& hash) { return static_cast<std::int64_t>(hash.low)
 
 }  // namespace
 
-void CacheLog::note_filled(const BlockContent& block) {
-  Known& known = known_.try_emplace(block.hash, Known{0, block.shared}).first->second;
-  if (++known.tiers > 1 || !known.told) return;  // the host has it already
+void CacheLog::note_filled(std::int32_t id, const BlockContent& block) {
+  device_.told[static_cast<std::size_t>(id)] = block.shared;
+  if (!block.shared || host_.find(block.hash) != HashIndex::kNone) return;
   const Hash* parent = block.previous;
   records_.push_back({name(block.hash), parent ? name(*parent) : 0, CacheChange::kStored, parent != nullptr});
   tokens_.insert(tokens_.end(), block.tokens.begin(), block.tokens.end());
-  ++told_.blocks;
-  told_.hashes += block.hash.low;
+  told_.add(block.hash);
 }
 
-void CacheLog::note_lost(const Hash& hash) {
-  const auto found = known_.find(hash);
-  if (found == known_.end()) throw InvariantBroken("a block leaves the prefix cache that never entered it");
-  if (--found->second.tiers > 0) return;
-  if (found->second.told) {
-    records_.push_back({name(hash), 0, CacheChange::kRemoved, 0});
-    --told_.blocks;
-    told_.hashes -= hash.low;
-  }
-  known_.erase(found);
+void CacheLog::note_copied(const Tier& from, Tier& to, std::int32_t id) {
+  to.told[static_cast<std::size_t>(id)] = from.tells(from.find(to.index->hash(id)));
+}
+
+void CacheLog::note_losing(const Tier& tier, const Tier& other, std::int32_t id) {
+  const Hash& hash = tier.index->hash(id);
+  if (!tier.tells(id) || other.find(hash) != HashIndex::kNone) return;
+  records_.push_back({name(hash), 0, CacheChange::kRemoved, 0});
+  --told_.blocks;
+  told_.hashes -= hash.low;
 }
 
 void CacheLog::dropped() {
-  if (!open_ || told_.blocks > 0 || records_.empty()) return;
+  if (told_.blocks > 0 || records_.empty()) return;
   taken();
   records_.push_back({0, 0, CacheChange::kCleared, 0});
 }

@@ -10,7 +10,6 @@
 #include <optional>
 #include <string>
 #include <type_traits>
-#include <unordered_map>
 #include <vector>
 
 #include "hash.h"
@@ -37,23 +36,29 @@ class CacheLog {
   CacheLog(const CacheLog&) = delete;
   CacheLog& operator=(const CacheLog&) = delete;
 
-  // From now on; nothing may be in an index yet. At most `num_blocks` hashes are at once.
-  void open(std::size_t num_blocks) {
-    open_ = true;
-    known_.reserve(num_blocks);
+  // From now on; nothing may be in these indexes of `num_blocks` and `num_host_blocks` yet.
+  void open(const HashIndex& device, std::int32_t num_blocks, const HashIndex& host, std::int32_t num_host_blocks) {
+    device_ = {&device, std::vector<bool>(static_cast<std::size_t>(num_blocks))};
+    host_ = {&host, std::vector<bool>(static_cast<std::size_t>(num_host_blocks))};
   }
 
   // A block has been filled, and the index of the device has it now.
-  void filled(const BlockContent& block) {
-    if (open_) note_filled(block);
+  void filled(BlockId id, const BlockContent& block) {
+    if (device_.index) note_filled(raw(id), block);
   }
-  // A block is in the index of one tier, and now in that of the other as well.
-  void copied(const Hash& hash) {
-    if (open_) ++known_.at(hash).tiers;
+  // A block that the other tier has is in the index of this one, too.
+  void copied(BlockId id) {
+    if (device_.index) note_copied(host_, device_, raw(id));
   }
-  // One tier has lost it.
-  void lost(const Hash& hash) {
-    if (open_) note_lost(hash);
+  void copied(HostId id) {
+    if (host_.index) note_copied(device_, host_, raw(id));
+  }
+  // A block is leaving the index of its tier.
+  void losing(BlockId id) {
+    if (device_.index) note_losing(device_, host_, raw(id));
+  }
+  void losing(HostId id) {
+    if (host_.index) note_losing(host_, device_, raw(id));
   }
   // Whatever nobody holds was dropped. If no block is left that was told of, one record says all there is to say.
   void dropped();
@@ -67,30 +72,34 @@ class CacheLog {
     tokens_.clear();
   }
 
-  // Recounts everything against the indexes: whoever has read all records knows of just the blocks that can be found.
-  std::optional<std::string> check(const HashIndex& device, const HashIndex& host, std::int32_t block_size) const;
+  // Recounts everything: whoever has read all records knows of just the blocks that can be found.
+  std::optional<std::string> check(std::int32_t block_size) const;
 
  private:
-  // A hash of an index: in how many of them it is, and whether it is told.
-  struct Known {
-    std::int32_t tiers;
-    bool told;
+  // The index of a tier, null while the log is off, and which of its blocks are told of.
+  struct Tier {
+    const HashIndex* index = nullptr;
+    std::vector<bool> told;
+    std::int32_t find(const Hash& hash) const { return index->find(hash); }
+    bool tells(std::int32_t id) const { return told[static_cast<std::size_t>(id)]; }
   };
   // What a reader of all records knows, as far as two sums can say it.
   struct Tally {
     std::uint64_t blocks = 0;
     std::uint64_t hashes = 0;
+    void add(const Hash& hash) {
+      ++blocks;
+      hashes += hash.low;
+    }
     friend bool operator==(const Tally&, const Tally&) = default;
   };
-  struct LowHalf {
-    std::size_t operator()(const Hash& hash) const { return static_cast<std::size_t>(hash.low); }
-  };
 
-  void note_filled(const BlockContent& block);
-  void note_lost(const Hash& hash);
+  void note_filled(std::int32_t id, const BlockContent& block);
+  static void note_copied(const Tier& from, Tier& to, std::int32_t id);
+  void note_losing(const Tier& tier, const Tier& other, std::int32_t id);
 
-  bool open_ = false;
-  std::unordered_map<Hash, Known, LowHalf> known_;
+  Tier device_;
+  Tier host_;
   std::vector<CacheRecord> records_;
   std::vector<TokenId> tokens_;
   Tally told_;

@@ -150,26 +150,19 @@ std::optional<std::string> HostPool::check(std::span<const std::int32_t> reserve
 
 // --- the log of the prefix cache ---
 
-std::optional<std::string> CacheLog::check(const HashIndex& device, const HashIndex& host,
-                                           std::int32_t block_size) const {
-  if (!open_) return std::nullopt;
+std::optional<std::string> CacheLog::check(std::int32_t block_size) const {
+  if (!device_.index) return std::nullopt;
   Tally findable;
-  std::size_t found = 0;
-  for (const HashIndex* index : {&device, &host}) {
-    for (const std::int32_t id : index->table()) {
-      if (id == HashIndex::kNone) continue;
-      const Hash& hash = index->hash(id);
-      const bool both = device.find(hash) != HashIndex::kNone && host.find(hash) != HashIndex::kNone;
-      const auto known = known_.find(hash);
-      if (known == known_.end() || known->second.tiers != 1 + both) return "the cache log miscounts a block's tiers";
-      if (both && index == &host) continue;
-      ++found;
-      if (!known->second.told) continue;
-      ++findable.blocks;
-      findable.hashes += hash.low;
-    }
+  for (const std::int32_t id : device_.index->table()) {
+    if (id == HashIndex::kNone) continue;
+    const std::int32_t there = host_.find(device_.index->hash(id));
+    if (there != HashIndex::kNone && host_.tells(there) != device_.tells(id)) return "a block is told of on one tier only";
+    if (device_.tells(id)) findable.add(device_.index->hash(id));
   }
-  if (found != known_.size()) return "the cache log has blocks that nobody can find";
+  for (const std::int32_t id : host_.index->table()) {
+    if (id == HashIndex::kNone || device_.find(host_.index->hash(id)) != HashIndex::kNone) continue;
+    if (host_.tells(id)) findable.add(host_.index->hash(id));
+  }
   if (findable != told_) return "whoever reads the cache log knows other blocks than can be found";
   const auto is_stored = [](const CacheRecord& record) { return record.change == CacheChange::kStored; };
   if (std::cmp_not_equal(tokens_.size(), std::ranges::count_if(records_, is_stored) * block_size)) {
@@ -226,7 +219,7 @@ std::optional<std::string> Scheduler::check() const {
   if (auto broken = check_lists()) return broken;
   if (auto broken = check_blocks()) return broken;
   if (auto broken = check_sessions()) return broken;
-  return cache_log_.check(pool_.hashes(), host_.hashes(), limits_.block_size);
+  return cache_log_.check(limits_.block_size);
 }
 
 std::optional<std::string> Scheduler::check_requests() const {

@@ -85,13 +85,13 @@ void HostPool::put_back(HostId id) {
 
 bool HostPool::index(const Hash& hash, HostId id) {
   if (!index_.insert(hash, raw(id))) return false;
-  log_.copied(hash);
+  log_.copied(id);
   (*this)[id] = Kind::kHeld;
   return true;
 }
 
 void HostPool::unindex(HostId id) {
-  log_.lost(hash(id));
+  log_.losing(id);
   index_.erase(raw(id));
 }
 

@@ -347,7 +347,7 @@ std::int32_t Scheduler::drop_cached() {
 
 bool Scheduler::open_cache_log() {
   if (arrivals_ > 0) return false;
-  cache_log_.open(static_cast<std::size_t>(limits_.num_blocks) + static_cast<std::size_t>(limits_.num_host_blocks));
+  cache_log_.open(pool_.hashes(), pool_.num_blocks(), host_.hashes(), host_.num_blocks());
   return true;
 }
 

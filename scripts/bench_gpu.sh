@@ -8,6 +8,7 @@
 #   prefill  kernels of long prompts: numerics, alone, then first tokens of V2L's shape, cold and warm (150 s behind the build)
 #   start    V2L's shape from a checkpoint of 31 GB: the first start and a second one; needs 35 GB of disk
 #   ranks    (asked for by name, 2 GPUs) collectives, decode steps of V2L's shape over ranks beside what is predicted, then served
+#   groups   (asked for by name, 2 GPUs) ranks that attend to requests of their own: tests, then as `ranks` with experts cut and dealt
 #   agentic  first tokens of cold prompts, then turns of 1 to 12 sessions (from the same checkpoint if `start` ran)
 # Without a part: all. BANDWIDTH: bytes a second of a read-only stream on this GPU, for the limits. PROFILE=FILE: kernels, three steps and the loop's
 # thread of every decode row, into that file. Peers are as measured on an H100 80 GB.
@@ -25,6 +26,22 @@ decode() { # decode SHAPE FLAGS...
     "$python" scripts/make_checkpoint.py "$1" "$folder/$1-config" --config-only
     "$python" -m tokenspeed.bench decode --model "$folder/$1-config" --load-format dummy --bandwidth "$bandwidth" \
         ${PROFILE:+--profile "$PROFILE"} "${@:2}"
+}
+ranks() { "$python" -m tokenspeed.parallel "$@"; }
+serve_layout() { # serve_layout FLAGS... decode rates of the engine, 1, 8 and 32 streams of 1,024 tokens
+    "$python" -m tokenspeed.entrypoints.api --model "$folder/v2l-config" --load-format dummy --port 8399 "$@" & local server=$!
+    until curl -sf http://127.0.0.1:8399/ready > /dev/null; do
+        kill -0 "$server" || return 1
+        sleep 0.2
+    done
+    "$python" -m tokenspeed.bench serve --url http://127.0.0.1:8399 --concurrency 1,8,32 --input-len 1024 --output-len 256
+    kill "$server" && wait "$server"
+}
+measured_layout() { # measured_layout "LAYOUT" DECODE_FLAGS... decode steps without an engine, then the engine's
+    # shellcheck disable=SC2086 # a layout is several words
+    ranks decode --model "$folder/v2l-config" $1 --context 1024 "${@:2}"
+    # shellcheck disable=SC2086
+    serve_layout ${1/--world/--tensor-parallel-size}
 }
 ready() { # seconds from the command to a server that is ready; SIGTERM ends it
     local begun=$EPOCHREALTIME wrong=0
@@ -116,24 +133,20 @@ if wanted prefill; then
 fi
 if wanted ranks; then
     "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only
-    ranks() { "$python" -m tokenspeed.parallel "$@"; }
     "$python" -m tokenspeed.kernels numerics all_reduce_norm --device cuda
     ranks measure --world 2 --links "$folder/links.json"
-    serve_layout() { # serve_layout FLAGS... decode rates of the engine, 1, 8 and 32 streams of 1,024 tokens
-        "$python" -m tokenspeed.entrypoints.api --model "$folder/v2l-config" --load-format dummy --port 8399 "$@" & local server=$!
-        until curl -sf http://127.0.0.1:8399/ready > /dev/null; do
-            kill -0 "$server" || return 1
-            sleep 0.2
-        done
-        "$python" -m tokenspeed.bench serve --url http://127.0.0.1:8399 --concurrency 1,8,32 --input-len 1024 --output-len 256
-        kill "$server" && wait "$server"
-    }
     for layout in "--world 1" "--world 2" "--world 2 --moe-ep-size 2" "--world 2 --attn-copies 2"; do
-        # shellcheck disable=SC2086 # a layout is several words
-        ranks decode --model "$folder/v2l-config" $layout --batch 1 8 32 --context 1024 --links "$folder/links.json"
-        # shellcheck disable=SC2086
-        serve_layout ${layout/--world/--tensor-parallel-size}
+        measured_layout "$layout" --batch 1 8 32 --links "$folder/links.json"
     done
+fi
+if wanted groups; then
+    wrong=0
+    "$python" -m pytest -q -p no:cacheprovider tests/engine/test_groups.py tests/executor/test_joint.py -k "llama or joint" || wrong=1
+    "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only
+    for layout in "--world 2 --attn-dp-size 2" "--world 2 --attn-dp-size 2 --moe-ep-size 2"; do
+        measured_layout "$layout" --batch 1 4 16 # rows of each group
+    done
+    ((wrong == 0))
 fi
 model=(--model "$folder/v2l-config" --load-format dummy)
 if wanted start; then

@@ -23,7 +23,7 @@ if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
 group "ruff" .venv/bin/ruff check .
 group "mypy" .venv/bin/mypy
 group "clang-tidy" scripts/lint_cpp.sh
-group "the house, tiny model" .venv/bin/python -m pytest -q tests/test_tiny.py tests/house
+group "the house, tiny model" .venv/bin/python -m pytest -q tests/test_tiny.py tests/test_deploy.py tests/house
 group "control plane, benchmarks" .venv/bin/python -m pytest -q tests/core tests/simulate tests/bench
 group "kernels" .venv/bin/python -m pytest -q tests/kernels
 group "models, checkpoints" .venv/bin/python -m pytest -q tests/parallel tests/layers tests/models tests/checkpoint

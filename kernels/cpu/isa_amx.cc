@@ -28,11 +28,13 @@ constexpr int LANES = 16;
 #include "linear_many.h"
 #include "panels.h"
 #include "pairs.h"
+#include "pair_order.h"
 #include "pair_tiles.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 #include "attention_pairs.h"
 #include "attention_tiles.h"
+#include "mla_soften.h"
 #include "mla_tiles.h"
 }  // namespace
 #include "pair_table.h"

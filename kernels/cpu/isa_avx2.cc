@@ -24,6 +24,7 @@ constexpr int LANES = 8;
 #include "panels.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
+#include "mla_soften.h"
 #include "mla_decode.h"
 #include "mla_prefill.h"
 #include "moe_steps.h"

@@ -89,9 +89,10 @@ constexpr int LINEAR_PANEL = 1024;  // few: elements of a row between two reduct
 constexpr int LINEAR_BLOCK = 252;   // many: tokens that share a strip of transposed weights
 constexpr int LINEAR_DEPTH = 256;   // many: elements of a row in a strip
 constexpr int PAIRS_FEW = 32;       // pairs: tokens up to which quantised weights are not rounded
+constexpr int ORDERED_FEW = 3;      // pairs: tokens up to which quantised weights may be multiplied in vectors
 constexpr int PAIR_ROWS = 16;       // pairs: tokens of a tile
 constexpr int PAIR_PANELS = 4;      // pairs: panels that share one pass over the tokens
-constexpr int PAIR_BLOCK = 256;     // pairs: tokens that share a panel while it is in the cache
+constexpr int PAIR_BLOCK = 512;     // pairs: tokens that share a panel while it is in the cache
 constexpr int SPLIT_TOKENS = 256;  // a constant, so that a row's result does not depend on its batch
 constexpr int TILE_TOKENS = 64;    // KV tokens between two rescalings of the online softmax
 constexpr int TILE_ROWS = 96;      // query rows (tokens × heads of the group) that share one pass over the KV
@@ -151,7 +152,10 @@ constexpr int64_t pair_tokens(int64_t tokens) {
     const int64_t rows = pair_rows(tokens);
     return (tokens + rows - 1) / rows * rows;
 }
-constexpr int64_t pair_floats(int64_t tokens, int64_t groups) { return pair_tokens(tokens) * groups * (GROUP / 2 + 1); }
+// A few may be floats instead of pairs; a group has its sum too.
+constexpr int64_t pair_floats(int64_t tokens, int64_t groups) {
+    return pair_tokens(tokens) * groups * ((tokens <= ORDERED_FEW ? GROUP : GROUP / 2) + 1);
+}
 constexpr int64_t pair_scratch(int64_t tokens) { return 10240 + PAIR_PANELS * PANEL_ROWS * pair_tokens(tokens); }
 
 // What each instruction set provides for each type. Elementwise functions work on tokens [begin, end).

@@ -41,16 +41,7 @@ void latent_split(const LatentDecode& a, const LatentSplit& split, float* partia
         transpose_keys(static_cast<const T*>(a.k), offset, count, depth, keys);
         multiply<false>(q, depth, [&](int d) { return keys + d * TILE_TOKENS; }, rows, TILE_TOKENS, depth, nullptr,
                         scores, TILE_TOKENS);
-        for (int m = 0; m < rows; ++m) {
-            const int seen = a.visible(split.row, split.first + m) - first;
-            float* row = scores + int64_t{m} * TILE_TOKENS;
-            if (seen > 0) {
-                factor[m] = soften(row, seen < count ? seen : count, running_maximum + m, running_sum + m);
-                continue;
-            }
-            factor[m] = 1;
-            for (int n = 0; n < TILE_TOKENS; n += LANES) store(row + n, Floats{});
-        }
+        latent_soften(a, split, first, count, rows, scores, running_maximum, running_sum, factor);
         widen(static_cast<const T*>(a.k), offset, count, a.rank, values, value_rows);
         multiply<true>(scores, TILE_TOKENS, [&](int n) { return value_rows[n]; }, rows, a.rank, count, factor, partial,
                        stride);

@@ -143,16 +143,7 @@ inline void latent_split_tiles(const LatentDecode& a, const LatentSplit& split, 
             latent_score_tiles(a, q + m * a.head_dim / 2, offset, count, m == 0 && ahead > 0 ? next : nullptr, products,
                                scores + m * TILE_TOKENS);
         }
-        for (int m = 0; m < static_cast<int>(padded); ++m) {
-            const int seen = m < rows ? a.visible(split.row, split.first + m) - first : 0;
-            float* row = scores + int64_t{m} * TILE_TOKENS;
-            if (seen > 0) {
-                factor[m] = soften(row, seen < count ? seen : count, running_maximum + m, running_sum + m);
-                continue;
-            }
-            factor[m] = 1;
-            for (int n = 0; n < TILE_TOKENS; n += LANES) store(row + n, Floats{});
-        }
+        latent_soften(a, split, first, count, static_cast<int>(padded), scores, running_maximum, running_sum, factor);
         latent_value_tiles(a, offset, count, values);
         for (int64_t m = 0; m < padded; m += LATENT_SIDE) {
             latent_sum_tiles(a, scores + m * TILE_TOKENS, factor + m, values, count, weights + m * TILE_TOKENS / 2,

@@ -9,6 +9,12 @@ constexpr void use_pairs(Kernels& kernels, Form form, Pairs pairs) {
 }
 
 #ifdef TOKENSPEED_TILES
+template <class F>
+constexpr void use_scaled(Kernels& kernels, Form form) {
+    kernels.forms[static_cast<int>(form)].pairs_pack = scaled_pack<F>;
+    kernels.forms[static_cast<int>(form)].pairs = scaled_pairs<F>;
+}
+
 // Five and six bits: only where they are rounded, for many tokens.
 template <class View>
 constexpr void use_rounded(Kernels& kernels, Form form) {
@@ -20,10 +26,10 @@ constexpr void use_rounded(Kernels& kernels, Form form) {
 constexpr Kernels with_pairs(Kernels kernels) {
     use_pairs<false>(kernels, Form::panels, plain_pairs);
 #ifdef TOKENSPEED_TILES
-    use_pairs<true>(kernels, Form::q4_0, scaled_pairs<NibblePairs<Half, false>>);
-    use_pairs<true>(kernels, Form::q4_1, scaled_pairs<NibblePairs<Half, true>>);
-    use_pairs<true>(kernels, Form::q4_k, scaled_pairs<NibblePairs<float, true>>);
-    use_pairs<false>(kernels, Form::q8_0, scaled_pairs<BytePairs>);
+    use_scaled<NibblePairs<Half, false>>(kernels, Form::q4_0);
+    use_scaled<NibblePairs<Half, true>>(kernels, Form::q4_1);
+    use_scaled<NibblePairs<float, true>>(kernels, Form::q4_k);
+    use_scaled<BytePairs>(kernels, Form::q8_0);
     use_rounded<WideNibbles<5, Half, false, 1>>(kernels, Form::q5_0);
     use_rounded<WideNibbles<5, Half, true, 1>>(kernels, Form::q5_1);
     use_rounded<WideNibbles<5, float, true, 1>>(kernels, Form::q5_k);

@@ -64,7 +64,7 @@ inline void plain_pairs(const Linear& a, const float* packed, int64_t begin, int
                            : multiply_vectors<1, tokens.value>(from, x.rows, weight, x.groups, to);
             });
         }
-        for (int64_t p = 0; p < count; ++p) write_pairs(a, x, begin, panel + p, scratch + p * size, stride);
+        for (int64_t p = 0; p < count; ++p) write_pairs(a, x, begin, panel + p, scratch + p * size, stride, 0, x.tiles);
         panel += count;
     }
 }

@@ -4,7 +4,7 @@
 //
 // A word of a bfloat16 panel is the pair (k, 16 + k) of a group, so tokens are put into such pairs, once, and weights
 // are used as they lie: a group of a panel is 16 × 16 words. Quantised weights become words of small whole numbers,
-// which bfloat16 holds exactly, for a strip of groups and all tokens; scales and minimums are applied to the group's
+// which bfloat16 holds exactly, for a few groups and all tokens; scales and minimums are applied to the group's
 // sums in float32, so that a weight is the number of the file here too. For more than PAIRS_FEW tokens, whose outputs
 // are bfloat16, they are rounded to it instead: three times as fast, and the error of a product becomes √2 times as
 // large. An output is the same sum in the same order for any number of tokens beside it, of those up to PAIRS_FEW and
@@ -17,8 +17,7 @@ typedef uint16_t Shorts __attribute__((vector_size(64)));
 
 constexpr int64_t GROUP_WORDS = GROUP / 2;
 constexpr int64_t GROUP_BYTES = PANEL_ROWS * GROUP_WORDS * 4;  // a group of words
-constexpr int64_t STRIP_GROUPS = 20;  // at most: a strip of two panels, or of one with what is made of it, stays in L1
-constexpr int64_t STRIP_FLOATS = STRIP_GROUPS * (GROUP_BYTES / 4 + 2 * PANEL_ROWS);
+constexpr int64_t STRIP_GROUPS = 20;  // at most: a strip of two panels stays in L1
 
 struct Pairs {
     const float* words;
@@ -55,13 +54,14 @@ inline Shorts interleaved(Lanes<I...>) {
 }
 
 // Quantised forms: head() gives what each row's sum over the group is multiplied with, and what the tokens' sum is;
-// expand() the group's words. The words of four bits are 16 + value: an "or" makes them, and the 16 goes into the
-// minimum.
+// expand() the group's words, and a Group the same numbers as floats, column by column. The words of four bits are 16 +
+// value: an "or" makes them, and the 16 goes into the minimum. Up to ORDERED tokens vectors beat tiles (pair_order.h).
 template <class Scale, bool HAS_MINIMUMS>
 struct NibblePairs {
     using View = Nibbles<Scale, HAS_MINIMUMS>;
     static constexpr int64_t BYTES = View::BYTES;
     static constexpr bool MINIMUMS = true;
+    static constexpr int ORDERED = 1;
 
     static void head(const char* group, float* scales, float* minimums) {
         const Scale* at = reinterpret_cast<const Scale*>(group);
@@ -87,33 +87,72 @@ struct NibblePairs {
             part(3, word >> 9);
         }
     }
+
+    struct Group {
+        Words words[4];
+        explicit Group(const char* group) {
+            const char* from = group + (HAS_MINIMUMS ? 2 : 1) * View::HEAD;
+            for (int w = 0; w < 4; ++w) words[w] = words_at(from + w * PANEL_ROWS * 4);
+        }
+        // Of column C.
+        template <int C>
+        Floats number() const {
+            constexpr int UP = 19 - C / 4 * 4;
+            const Words moved = UP > 0 ? words[C % 4] << (UP > 0 ? UP : 0) : words[C % 4] >> (UP < 0 ? -UP : 0);
+            return bit_copy<Floats>((moved & 0x00780000u) | 0x41800000u);
+        }
+    };
 };
 
-// Eight bits: converted in the upper byte of an integer, 2^24 too large. A load from some bytes before shifts a word
-// for nothing, and one permutation under a mask puts two numbers' upper halves together: 25 → 17 ns a group.
+// Eight bits: converted in the upper byte of an integer, 2^24 too large. Bytes come there by instructions of both ports
+// that have vectors, and one permutation under a mask puts two numbers' upper halves together.
 struct BytePairs {
     using View = Bytes;
     static constexpr int64_t BYTES = Bytes::BYTES;
     static constexpr bool MINIMUMS = false;
+    static constexpr int ORDERED = 3;
 
     static void head(const char* group, float* scales, float*) {
         store(scales, load(reinterpret_cast<const Half*>(group)) * 0x1p-24f);
     }
+    // Byte I of each word.
+    template <int I>
+    static Floats number(Words words) {
+        if constexpr (I == 0) {
+            words = words << 24;
+        } else if constexpr (I == 3) {
+            words = words & 0xff000000u;
+        } else {
+            const Words byte_of_word = bit_copy<Words>(lane_index() % 4 * 4 + I) << 24;
+            const __m512i places = bit_copy<__m512i>(byte_of_word | 0x00808080u);  // zeros below it
+            words = bit_copy<Words>(_mm512_shuffle_epi8(bit_copy<__m512i>(words), places));
+        }
+        return __builtin_convertvector(bit_copy<Ints>(words), Floats);
+    }
     static void expand(const char* group, char* to) {
-        const char* words = group + Bytes::HEAD;
         for (int w = 0; w < 8; ++w) {
-            // Byte i of each word.
-            const auto number = [&](int i) {
-                const Words byte = words_at(words + w * PANEL_ROWS * 4 - (3 - i)) & 0xff000000u;
-                return bit_copy<__m512i>(__builtin_convertvector(bit_copy<Ints>(byte), Floats));
-            };
-            for (int i = 0; i < 2; ++i) {
-                const __m512i low = number(i), high = number(i + 2);
+            const Words words = words_at(group + Bytes::HEAD + w * PANEL_ROWS * 4);
+            const auto pair = [&](int i, Floats low_, Floats high_) {
+                const __m512i low = bit_copy<__m512i>(low_), high = bit_copy<__m512i>(high_);
                 const __m512i pair = _mm512_mask_alignr_epi8(high, 0x3333333333333333u, low, low, 2);
                 __builtin_memcpy(to + (i * 8 + w) * PANEL_ROWS * 4, &pair, sizeof pair);
-            }
+            };
+            pair(0, number<0>(words), number<2>(words));
+            pair(1, number<1>(words), number<3>(words));
         }
     }
+
+    struct Group {
+        Words words[8];
+        explicit Group(const char* group) {
+            for (int w = 0; w < 8; ++w) words[w] = words_at(group + Bytes::HEAD + w * PANEL_ROWS * 4);
+        }
+        // Of column C.
+        template <int C>
+        Floats number() const {
+            return BytePairs::number<C / 8>(words[C % 8]);
+        }
+    };
 };
 
 // A group of one of panels.h's forms as words of weights, rounded to bfloat16.
@@ -135,20 +174,24 @@ inline void round_group(const char* group, char* to) {
     [&]<int... I>(Lanes<I...>) { (part(Width<I>{}), ...); }(typename CountLanes<HALF>::type{});
 }
 
-// A strip of groups of one quantised panel as words, with its scales and minimums.
+// A few groups of one quantised panel as words, with their scales and minimums.
 template <class F>
-struct Strip {
+struct Expanded {
+    static constexpr int64_t GROUPS = 4;
+    static constexpr int64_t FLOATS = GROUPS * (GROUP_BYTES / 4 + 2 * PANEL_ROWS);
     char* words;
     float* scales;
     float* minimums;
 
-    explicit Strip(float* memory)
+    explicit Expanded(float* memory)
         : words(reinterpret_cast<char*>(memory)),
-          scales(memory + STRIP_GROUPS * GROUP_BYTES / 4),
-          minimums(scales + STRIP_GROUPS * PANEL_ROWS) {}
-    // `depth` groups that lie at `group`.
-    void expand(const char* group, int64_t depth) {
-        for (int64_t i = 0; i < depth; ++i, group += F::BYTES) {
+          scales(memory + GROUPS * GROUP_BYTES / 4),
+          minimums(scales + GROUPS * PANEL_ROWS) {}
+    // `count` groups that lie at `group`; those AHEAD are fetched.
+    void expand(const char* group, int64_t count) {
+        constexpr int64_t AHEAD = 8;
+        for (int64_t i = 0; i < count; ++i, group += F::BYTES) {
+            for (int64_t line = 0; line < F::BYTES; line += 64) __builtin_prefetch(group + AHEAD * F::BYTES + line);
             F::head(group, scales + i * PANEL_ROWS, minimums + i * PANEL_ROWS);
             F::expand(group, words + i * GROUP_BYTES);
         }
@@ -196,15 +239,17 @@ void pairs_pack(const Linear& a, int64_t begin, int64_t end, float* packed) {
     }
 }
 
-// The outputs of one panel: sums [tiles, rows, 16], a tile `stride` floats behind the one before.
+// The outputs of one panel for the tokens of the tiles [tile, tile + several): sums [several, rows, 16], a tile
+// `stride` floats behind the one before.
 inline void write_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_t panel, const float* sums,
-                        int64_t stride) {
+                        int64_t stride, int64_t tile, int64_t several) {
     const BFloat16* bias = static_cast<const BFloat16*>(a.bias);
     const int64_t row = panel * PANEL_ROWS;
     const int rows = static_cast<int>(a.rows - row < PANEL_ROWS ? a.rows - row : PANEL_ROWS);
     const Floats added = bias == nullptr || rows < PANEL_ROWS ? Floats{} : load(bias + row);
-    for (int64_t t = 0; t < x.tokens; ++t) {
-        const float* of = sums + t / x.rows * stride + t % x.rows * PANEL_ROWS;
+    const int64_t end = (tile + several) * x.rows < x.tokens ? (tile + several) * x.rows : x.tokens;
+    for (int64_t t = tile * x.rows; t < end; ++t) {
+        const float* of = sums + (t / x.rows - tile) * stride + t % x.rows * PANEL_ROWS;
         if (rows < PANEL_ROWS) {
             write_sums(a, bias, begin + t, row, rows, of);
             continue;

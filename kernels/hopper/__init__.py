@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import torch
@@ -38,4 +39,17 @@ def implementations() -> tuple[Implementation, ...]:
             unavailable=_unavailable,
         )
 
-    return hopper("mla_decode", **latent), hopper("mla_block_decode", **latent, nope_dim=parts, v_dim=parts)
+    def all_reduce_norm(warps: int) -> Implementation:
+        """Below the Triton version (10), hence only where asked for: it has not been measured yet."""
+        bind = lazy(f"tokenspeed.kernels.hopper.all_reduce_norm:bind_{warps}_warps")
+        dtypes = frozenset((torch.bfloat16, torch.float16, torch.float32))
+        return dataclasses.replace(
+            hopper("all_reduce_norm"), bind=bind, dtypes=dtypes, priority=9, variant=f"{warps}warps"
+        )
+
+    return (
+        hopper("mla_decode", **latent),
+        hopper("mla_block_decode", **latent, nope_dim=parts, v_dim=parts),
+        all_reduce_norm(4),
+        all_reduce_norm(8),
+    )

@@ -63,6 +63,12 @@ class Follower:
             read.append(batch)
         return read
 
+    async def counts(self, blocks: int) -> list[int]:
+        """The blocks of each pool, once there are so many in all."""
+        while sum(map(len, self.live.values())) != blocks:
+            await self.read(self.number + 1)
+        return [len(self.live[pool]) for pool in sorted(self.live)]
+
     def take(self, batch: CacheBatch) -> None:
         if batch.snapshot is None or batch.snapshot.index:
             assert batch.number == self.number + 1, "a gap"
@@ -260,11 +266,6 @@ async def serve(engine: AsyncEngine, prompt: Sequence[int], salt: str = "") -> l
     return [*prompt, *answer]
 
 
-async def until_seen(follower: Follower, num_blocks: int) -> None:
-    while len(follower.live.get(0, ())) != num_blocks:
-        await follower.read(follower.number + 1)
-
-
 def texts(live: dict[int, Stored]) -> dict[int, list[int]]:
     """Of each block all tokens up to its end."""
     whole: dict[int, list[int]] = {}
@@ -282,15 +283,15 @@ def test_what_an_engine_caches_can_be_followed(folder: Path, in_process: bool, m
         async with AsyncEngine(config(folder, cache_events=True), in_process=in_process) as engine:
             follower = Follower(engine.watch_cache())
             first = await serve(engine, range(5, 55))
-            await until_seen(follower, 3)
+            await follower.counts(3)
             await serve(engine, range(60, 100), salt="somebody")
             second = await serve(engine, [*first[:40], *range(100, 140)])
-            await until_seen(follower, 6)
+            await follower.counts(6)
             known = sorted(texts(follower.live[0]).values(), key=lambda tokens: (len(tokens), tokens))
             expected = [tokens[:end] for tokens in (first, second) for end in range(16, len(tokens), 16)]
             assert known == sorted(map(list, set(map(tuple, expected))), key=lambda tokens: (len(tokens), tokens))
             await engine.drop_cached()
-            await until_seen(follower, 0)
+            await follower.counts(0)
             last = follower.number
             await serve(engine, range(5, 55))
             late = Follower(engine.watch_cache(last), last)
@@ -315,14 +316,14 @@ def test_an_engine_that_starts_again_has_nothing_cached(folder: Path) -> None:
         async with AsyncEngine(config(folder, cache_events=True), link=SupervisedLink(make, restarts=1)) as engine:
             follower = Follower(engine.watch_cache())
             await serve(engine, range(5, 55))
-            await until_seen(follower, 3)
+            await follower.counts(3)
             assert links[0].pid is not None
             os.kill(links[0].pid, signal.SIGKILL)
-            await until_seen(follower, 0)
+            await follower.counts(0)
             while engine.health().state != "ready":
                 await asyncio.sleep(0.05)
             await serve(engine, range(5, 55))
-            await until_seen(follower, 3)
+            await follower.counts(3)
             assert follower.snapshots == 0
 
     asyncio.run(run())

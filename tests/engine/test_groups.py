@@ -1,5 +1,6 @@
-"""An engine of two ranks that attend to requests of their own, experts dealt between them: it answers like one rank,
-whoever has work, and goes down as one."""
+"""An engine of two ranks that attend to requests of their own and share the rest: it answers like one rank, whoever has
+work, and goes down as one. With dense layers on two GPUs, where there are as many; experts are compared in float32,
+which no kernel of a GPU has."""
 
 from __future__ import annotations
 
@@ -13,18 +14,32 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.engine.test_ranks import BLOCK, GREEDY, LONG, NUM_TOKENS, PROMPTS, Case, all_kinds, changed, gone, tokens
+from tests.engine.test_cache_watch import Follower
+from tests.engine.test_ranks import (
+    BLOCK,
+    GREEDY,
+    LONG,
+    NUM_TOKENS,
+    ON_GPUS,
+    PROMPTS,
+    SIZES,
+    Case,
+    all_kinds,
+    changed,
+    gone,
+    tokens,
+)
 from tests.models.families import write
-from tests.toy import greedy
+from tests.toy import greedy, toy_llama
 from tokenspeed import AsyncEngine, EngineConfig, SamplingParams
 from tokenspeed._core.replay import replay
 from tokenspeed.config import Parallel
 from tokenspeed.engine.link import ProcessLink
-from tokenspeed.engine.messages import PoolStats
 from tokenspeed.errors import InvalidRequest, Unavailable
 
 NUM_BLOCKS = 24
 GROUPS = Parallel(world=2, attn_dp=2, moe_ep=2)
+DENSE_GROUPS = Parallel(world=2, attn_dp=2, dense_tp=2)
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +55,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     @functools.cache
     def make(family: str) -> Case:
         folder = tmp_path_factory.mktemp(family)
-        reference = write(folder, family, seed=3)
+        dense = family == "llama"
+        reference = toy_llama(folder) if dense else write(folder, family, seed=3)
         config = EngineConfig(
-            model=str(folder), dtype="float32", block_size=BLOCK, max_num_batched_tokens=64, num_threads=1,
-            overlap=1 if family == "deepseek-v3" else 0, parallel=GROUPS, kv_cache_bytes=block_bytes(family),
+            model=str(folder), dtype="float32", block_size=BLOCK, num_threads=1, kv_cache_bytes=block_bytes(family),
+            overlap=0 if family == "qwen3-moe" else 1, parallel=DENSE_GROUPS if dense else GROUPS, **SIZES,
         )  # fmt: skip
         return Case(config, [greedy(reference, prompt, NUM_TOKENS) for prompt in PROMPTS])
 
@@ -60,10 +76,14 @@ async def at_once(engine: AsyncEngine, case: Case, which: Sequence[int]) -> None
     assert got == [case.expected[prompt] for prompt in which]
 
 
-@pytest.mark.parametrize("family", ["deepseek-v3", "qwen3-moe"])
-def test_groups_answer_like_one_rank(made: Callable[[str], Case], family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "deepseek-v3", "qwen3-moe"])
+def test_groups_answer_like_one_rank(
+    made: Callable[[str], Case], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Log-probabilities, grammars and seeds among it, of either group's requests."""
     case = made(family)
+    if family == "llama" and ON_GPUS:
+        monkeypatch.delenv("TOKENSPEED_DEVICE")
 
     async def by_one_rank() -> list[object]:
         alone = changed(case.config, parallel=Parallel(), kv_cache_bytes=None)
@@ -117,7 +137,30 @@ def test_turns_of_a_session_find_their_cache_in_their_own_pool(made: Callable[[s
             assert dropped.num_blocks > 8 and dropped.num_held == 0
             while engine.stats().blocks_cached:  # until the next heartbeat
                 await asyncio.sleep(0.05)
-            assert engine.stats().pools == [PoolStats(0, 0, NUM_BLOCKS, 0)] * 2
+            for pool in engine.stats().pools:
+                left = (pool.running, pool.waiting, pool.blocks_total, pool.blocks_used, pool.blocks_cached)
+                assert left == (0, 0, NUM_BLOCKS, 0, 0) and 0 < pool.cached_tokens < pool.prompt_tokens
+
+    asyncio.run(run())
+
+
+def test_each_group_tells_which_blocks_its_own_pool_has(made: Callable[[str], Case]) -> None:
+    config = changed(made("deepseek-v3").config, cache_events=True)
+    long = SamplingParams(temperature=0.0, max_tokens=2 * BLOCK, ignore_eos=True)
+
+    async def run() -> None:
+        async with AsyncEngine(config, in_process=True) as engine:
+            follower = Follower(engine.watch_cache())
+            for at in range(2):
+                ahead = await engine.submit(PROMPTS[at], long)
+                await anext(ahead)
+                assert await tokens(engine, PROMPTS[1 - at]) == made("deepseek-v3").expected[1 - at]
+                await ahead.abort()
+            while (cached := engine.stats().blocks_cached) == 0 or engine.stats().blocks_used:  # until a heartbeat
+                await asyncio.sleep(0.05)
+            assert [pool.blocks_cached for pool in engine.stats().pools] == await follower.counts(cached)
+            assert min(pool.prompt_tokens for pool in engine.stats().pools) > 0
+            assert engine.stats().prompt_tokens == sum(pool.prompt_tokens for pool in engine.stats().pools)
 
     asyncio.run(run())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.engine.test_step_loop import Bench, ended
-from tokenspeed.engine.observe import Histogram, Pace
+from tokenspeed.engine.observe import RATE_SECONDS, GenerationRate, Histogram, Pace
 
 
 def looked_at(pace: Pace, rate: float, seconds: float, since: float = 0.0) -> list[bool]:
@@ -38,6 +38,18 @@ def test_a_histogram_counts_a_bound_in_its_own_bucket_and_the_rest_in_the_last()
     assert (histogram.counts, histogram.total) == ([1, 2, 1], 13.0)
 
 
+def test_what_is_generated_counts_over_the_last_seconds() -> None:
+    rate = GenerationRate()
+    seen = []
+    for quarter in range(40):
+        rate.look(quarter / 4, 10 * min(quarter, 20))
+        seen.append(rate.tokens_a_second)
+    assert seen[0] == 0 and seen[1:21] == [40.0] * 20, "10 in a quarter of a second"
+    assert seen[24] == 20.0 and seen[20 + int(4 * RATE_SECONDS)] == 0.0
+    rate.look(10.0, 190)
+    assert rate.tokens_a_second == 0.0, "a stop was found ten tokens back"
+
+
 def test_the_loop_counts_each_step_with_its_tokens_and_the_streams_that_are_too_slow() -> None:
     async def run() -> None:
         bench = Bench(overlap=1)
@@ -49,6 +61,7 @@ def test_the_loop_counts_each_step_with_its_tokens_and_the_streams_that_are_too_
             bench.loop.look()
             await asyncio.sleep(0.05)
         assert bench.loop.stats().streams_below_floor == 1
+        assert bench.loop.stats().generation_rate > 0
         await bench.drained()
         bench.loop.look()
         stats, histograms = bench.loop.stats(), bench.loop.histograms

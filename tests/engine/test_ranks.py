@@ -38,9 +38,15 @@ LONG = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
 PROMPTS = [[5, 9, 300, 41], [7] * 33, list(range(100, 180)), list(range(3, 237, 2))]
 
 
+SIZES: dict[str, int] = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+"""Of every engine here: on GPUs each of them warms up and captures all sizes of its steps before it answers."""
+
+ON_GPUS = torch.cuda.device_count() > 1 and os.environ.get("TOKENSPEED_DEVICE") != "cpu"
+
+
 @pytest.fixture(autouse=True)
 def on_two_gpus_or_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.device_count() < 2:
+    if not ON_GPUS:
         monkeypatch.setenv("TOKENSPEED_DEVICE", "cpu")
 
 
@@ -54,6 +60,10 @@ class Case:
 
 @pytest.fixture(scope="module", params=["llama", "deepseek-v3"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    if ON_GPUS and request.param != "llama":
+        # Tokens have to be equal, which takes float32; there latent attention and experts are the reference's on a GPU,
+        # which asks lengths and choices on the host: no graph holds it.
+        pytest.skip("no kernel of a GPU takes latent attention and experts in float32")
     folder = tmp_path_factory.mktemp(request.param)
     settings: dict[str, Any] = {"overlap": 1, "parallel": Parallel(world=2)}
     if request.param == "llama":
@@ -62,7 +72,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         reference = write(folder, request.param, seed=3)
         settings = {"overlap": 0, "parallel": Parallel(world=2, moe_ep=2)}
     config = EngineConfig(
-        model=str(folder), dtype="float32", block_size=BLOCK, max_num_batched_tokens=64, num_threads=1, **settings
+        model=str(folder), dtype="float32", block_size=BLOCK, num_threads=1, **SIZES, **settings
     )
     return Case(config, [greedy(reference, prompt, NUM_TOKENS) for prompt in PROMPTS])
 
@@ -179,7 +189,7 @@ def alive(pid: int) -> bool:
 def test_whichever_rank_dies_or_hangs_all_go_down_and_the_next_engine_serves(folder: Path) -> None:
     config = EngineConfig(
         model=str(folder), dtype="float32", block_size=BLOCK, num_threads=1, parallel=Parallel(world=2),
-        watchdog_seconds=4.0,
+        watchdog_seconds=4.0, **SIZES,
     )  # fmt: skip
     made: list[ProcessLink] = []
 
@@ -231,7 +241,7 @@ def test_whichever_rank_dies_or_hangs_all_go_down_and_the_next_engine_serves(fol
 def test_what_only_another_rank_finds_wrong_is_told_in_its_words(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = EngineConfig(model=str(folder), dtype="float32", parallel=Parallel(world=2), num_threads=1)
+    config = EngineConfig(model=str(folder), dtype="float32", parallel=Parallel(world=2), num_threads=1, **SIZES)
     monkeypatch.setattr("tokenspeed.engine.ranks.Ranks.program", "tests.engine.broken_rank")
 
     async def run() -> None:

@@ -23,7 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, record: Path) -> EngineConfig:
-    return EngineConfig(model=str(folder), dtype="float32", block_size=16, num_threads=1, record=str(record))
+    return EngineConfig(
+        model=str(folder), dtype="float32", block_size=16, num_threads=1, record=str(record), cache_events=True
+    )
 
 
 @pytest.mark.parametrize("link", [InProcessLink, lambda: ProcessLink(log_level="error")], ids=["inside", "child"])

@@ -71,7 +71,8 @@ class Seat:
 
     def told(self, data: bytes) -> list[bytes]:
         self.times_told += 1
-        return self._told.of(self.rank, data)[::2]
+        everyones = self._told.of(self.rank, data)
+        return everyones[::2] if self.rank == 0 else []
 
 
 class GroupModel(HashModel):
@@ -193,6 +194,8 @@ async def drive(ranks: AllRanks, planners: Sequence[RandomPlanner], depth: int) 
             results = await asyncio.gather(*(flight.tokens() for flight in flown))
             assert all(result.tokens.tolist() == results[0].tokens.tolist() for result in results)
             assert {result.step for result in results} == {plan.step}
+            told = [result.logprobs is not None or bool(result.prompt_logprobs) for result in results]
+            assert not any(told[1:]), "rank 0 alone answers requests"
             for pool, (planner, step) in enumerate(zip(planners, landed, strict=True)):
                 if step is not None:
                     planner.land(step, part_of(results[0], plan, pool))

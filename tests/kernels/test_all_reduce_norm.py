@@ -4,6 +4,7 @@ after the other, at their own pace; and what a Hopper's compiler makes of words 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,11 +46,19 @@ def test_ranks_at_their_own_pace_get_every_sum_and_the_same_bits() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(triton_missing or os.environ.get("TRITON_INTERPRET") == "1", reason="nothing to compile with")
+compiles = pytest.mark.skipif(
+    triton_missing or os.environ.get("TRITON_INTERPRET") == "1", reason="nothing to compile with"
+)
+
+
+@compiles
 @pytest.mark.parametrize(("hidden", "num_ranks"), [(2048, 2), (4096, 4)])
 def test_pushed_words_are_written_and_polled_whole_without_fences_or_atomics(hidden: int, num_ranks: int) -> None:
     """A word's data and number must not be torn, nor its reading leave the loop that waits for it."""
-    ptx = compiled(hidden, num_ranks)
+    from tokenspeed.kernels.triton.all_reduce_norm import _push_norm, push_sizes  # noqa: PLC0415
+
+    words = hidden // 2
+    ptx = compiled(_push_norm, hidden, num_ranks, {"ITEMS": 2, "WORDS": words, **push_sizes(words, num_ranks)})
     there, _, polled = ptx.partition("bra.uni")[0].partition("Inner Loop Header")
     num_peers = num_ranks - 1
     assert ptx.count("st.global.wt.v2.b64") == num_peers
@@ -59,30 +69,67 @@ def test_pushed_words_are_written_and_polled_whole_without_fences_or_atomics(hid
     assert re.search(r"\b(atom|red|fence|membar)\.", ptx) is None
 
 
-def compiled(hidden: int, num_ranks: int) -> str:
-    """PTX of the push of bfloat16 rows by rank 1, on a Hopper."""
+@compiles
+@pytest.mark.parametrize(("hidden", "num_ranks", "warps"), [(2048, 2, 4), (2048, 2, 8), (4096, 4, 4), (2880, 8, 8)])
+def test_on_a_hopper_no_warp_meets_another_until_each_has_its_own_words(
+    hidden: int, num_ranks: int, warps: int
+) -> None:
+    from tokenspeed.kernels.hopper.all_reduce_norm import _push_norm, push_sizes  # noqa: PLC0415
+
+    sizes = push_sizes(hidden, 2, num_ranks, warps)
+    assert sizes is not None
+    pairs, lanes = sizes["PAIRS"], sizes["LANES"]
+    ptx = compiled(_push_norm, hidden, num_ranks, sizes)
+    begin, found, after = ptx.partition("@p bra look;")
+    before, _, looking = begin.partition("look:")
+    stored, polled = "st.relaxed.sys.global.v2.b64", "ld.relaxed.sys.global.v2.b64"
+    assert found and [ptx.count(each) for each in (stored, polled)] == [pairs * (num_ranks - 1), pairs * lanes]
+    assert before.count(stored) == pairs * (num_ranks - 1) and looking.count(polled) == pairs * lanes
+    assert before.index("griddepcontrol.wait") < before.index(stored)
+    assert "bar." not in begin and "shared" not in begin.partition("griddepcontrol")[2], "threads meet, or exchange"
+    assert after.index("bar.sync") < after.rindex("st.global.b32"), "the count is stored behind the norm's sum"
+    assert re.search(r"\b(atom|red|fence|membar)\.", ptx) is None
+
+
+@compiles
+def test_what_a_thread_pushes_on_a_hopper_covers_a_row_in_pairs_of_words() -> None:
+    from tokenspeed.kernels.hopper.all_reduce_norm import MOST_WARPS, PAIRS_AT_ONCE, push_sizes  # noqa: PLC0415
+
+    for hidden, itemsize, num_ranks in itertools.product((4, 64, 576, 2048, 2880, 4096, 7168), (2, 4), (2, 3, 8)):
+        sizes = push_sizes(hidden, itemsize, num_ranks, 4)
+        if sizes is None:
+            assert hidden * itemsize * (num_ranks - 1) > 8 * 32 * MOST_WARPS * PAIRS_AT_ONCE // 4
+            continue
+        assert sizes["NUMBERS"] * itemsize == 8 and sizes["LANES"] >= num_ranks - 1
+        assert sizes["BLOCK"] == sizes["PAIRS"] * sizes["NUMBERS"] * 32 * sizes["num_warps"] >= hidden
+        assert sizes["PAIRS"] * sizes["LANES"] <= PAIRS_AT_ONCE
+    assert push_sizes(75, 2, 2, 4) is None and push_sizes(3, 4, 2, 4) is None
+
+
+def compiled(kernel: Any, hidden: int, num_ranks: int, sizes: dict[str, int]) -> str:
+    """PTX of a push of bfloat16 rows by rank 1, on a Hopper."""
     import triton  # noqa: PLC0415
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
+    from triton.experimental.gluon._runtime import GluonASTSource  # noqa: PLC0415
 
-    from tokenspeed.kernels.triton.all_reduce_norm import _push_norm, push_sizes  # noqa: PLC0415
-
-    sizes = push_sizes(hidden // 2, num_ranks)
+    options = {"num_warps": sizes["num_warps"], "launch_pdl": True}
     constants = {
-        "RANK": 1, "NUM": num_ranks, "LANES": sizes["LANES"], "ITEMS": 2, "HIDDEN": hidden, "WORDS": hidden // 2,
-        "BLOCK": sizes["BLOCK"], "HAS_RESIDUAL": True, "DEPENDENT": True,
+        "RANK": 1, "NUM": num_ranks, "HIDDEN": hidden, "HAS_RESIDUAL": True, "DEPENDENT": True,
+        **{name: size for name, size in sizes.items() if name not in options},
     }  # fmt: skip
     tensors = dict.fromkeys(("x", "residual", "weight", "y", "residual_out"), "*bf16")
     numbers = {"calls": "*i32", "eps": "fp32", "x_stride": "i32", "residual_stride": "i32", "rows": "i32"}
-    signature = {**tensors, "words": ("*i64",) * num_ranks, **numbers, **dict.fromkeys(constants, "constexpr")}
-    places = {name: at for at, name in enumerate(signature)}
+    types = {**tensors, "words": ("*i64",) * num_ranks, **numbers, **dict.fromkeys(constants, "constexpr")}
+    places = {name: at for at, name in enumerate(kernel.arg_names)}
     aligned = [(places[name],) for name in (*tensors, "calls", "x_stride", "residual_stride")]
     aligned += [(places["words"], rank) for rank in range(num_ranks)]
-    source = ASTSource(
-        _push_norm, signature, {(places[name],): value for name, value in constants.items()},
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+        kernel,
+        {name: types[name] for name in kernel.arg_names},
+        {(places[name],): value for name, value in constants.items()},
         {place: [["tt.divisibility", 16]] for place in aligned},
-    )  # fmt: skip
-    options = {"num_warps": sizes["num_warps"], "launch_pdl": True}
+    )
     return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 
 

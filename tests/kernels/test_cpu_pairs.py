@@ -61,6 +61,22 @@ def test_a_token_of_few_has_the_same_bits_alone_and_in_any_batch(
 
 
 @pytest.mark.parametrize("form", PACKED)
+def test_numbers_of_any_size_have_the_same_bits_alone_and_in_a_batch(
+    isa: _ops.Isa, form: str, generator: torch.Generator
+) -> None:
+    # Down to denormal ones, and with sums that cancel: vectors and tiles must treat them alike.
+    weight, x = packed_weight(form, 48, 576, generator, torch.bfloat16), numbers(generator, 16, 576)
+    x = x.float().ldexp(torch.randint(-60, 12, x.shape, generator=generator)).bfloat16()
+    x[12:] = (numbers(generator, 4, 576).double() * 2.0**-126).bfloat16()
+    linear = product(isa, form)
+    whole = linear(x, weight)
+    assert (whole[:12] != 0).any(1).all()
+    for t in range(16):
+        for many in (1, 2, 3):
+            assert torch.equal(linear(x[t : t + many], weight), whole[t : t + many])
+
+
+@pytest.mark.parametrize("form", PACKED)
 def test_a_token_of_many_has_the_same_bits_in_any_chunk(isa: _ops.Isa, form: str, generator: torch.Generator) -> None:
     # Long rows, so that both the tokens and the columns are cut.
     weight, x = packed_weight(form, 83, 3008, generator, torch.bfloat16), numbers(generator, 600, 3008)

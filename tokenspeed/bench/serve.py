@@ -2,7 +2,8 @@
 
 A closed loop: each of `concurrency` clients sends its next request when the last one ended. Prompts are random
 words cut to the wanted number of tokens by the server's own /tokenize; end-of-sequence is ignored, so every
-answer has the wanted length. One request before each level warms up and is not counted.
+answer has the wanted length. One request before each level warms up and is not counted. With `--turns` every prompt
+begins a conversation: a later turn is all of the one before, its answer, and some words more.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _WORD_LIST = (
 )
 WORDS = tuple(_WORD_LIST.split())
 TIMEOUT_SECONDS = 3600.0
+MORE_WORDS = 16
+"""What the user of a conversation says in a later turn."""
 
 
 class BenchError(Exception):
@@ -44,6 +47,8 @@ class Sample:
     output_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    turn: int = 0
+    text: str = ""
     error: str | None = None
 
 
@@ -63,6 +68,8 @@ class Level:
         rates = sorted((s.output_tokens - 1) / s.decode_seconds for s in good if s.decode_seconds > 0)
         output = sum(sample.output_tokens for sample in good)
         prompt = sum(sample.prompt_tokens for sample in good)
+        later = [sample for sample in good if sample.turn]
+        again = sum(sample.prompt_tokens for sample in later)
         return {
             "concurrency": self.concurrency,
             "requests": len(self.samples),
@@ -77,6 +84,7 @@ class Level:
             "output_tokens": output,
             "prompt_tokens": prompt,
             "cached_tokens": sum(sample.cached_tokens for sample in good),
+            "later_hit": sum(sample.cached_tokens for sample in later) / again * 100 if again else 0.0,
             "seconds": self.seconds,
         }
 
@@ -92,6 +100,7 @@ COLUMNS = (
     ("stream_tok_s_p50", "tok/s a stream", "{:.1f}"),
     ("output_tok_s", "output tok/s", "{:.1f}"),
     ("total_tok_s", "total tok/s", "{:.1f}"),
+    ("later_hit", "later turns cached %", "{:.1f}"),
     ("seconds", "seconds", "{:.1f}"),
 )
 
@@ -202,7 +211,8 @@ async def _read_stream(response: aiohttp.ClientResponse, sample: Sample, began: 
             sample.output_tokens = usage["completion_tokens"]
             sample.prompt_tokens = usage["prompt_tokens"]
             sample.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        if chunk["choices"] and chunk["choices"][0].get("text"):
+        if chunk["choices"] and (text := chunk["choices"][0].get("text")):
+            sample.text += text
             if sample.ttft is None:
                 sample.ttft, first = now - began, now
             else:
@@ -218,14 +228,21 @@ def random_text(source: random.Random, words: int) -> str:
     return " ".join(source.choices(WORDS, k=words))
 
 
-async def run_level(client: Client, prompts: list[str], output_len: int, concurrency: int, seed: int) -> Level:
-    """All prompts through `concurrency` clients."""
+async def run_level(
+    client: Client, prompts: list[str], output_len: int, concurrency: int, seed: int, turns: int = 1
+) -> Level:
+    """All prompts through `concurrency` clients, each prompt followed by its later turns."""
     samples: list[Sample] = []
     waiting = iter(enumerate(prompts))
 
     async def one_user(queue: Iterator[tuple[int, str]]) -> None:
-        for number, prompt in queue:
-            samples.append(await client.complete(prompt, output_len, seed + number))
+        for number, first in queue:
+            prompt, source = first, random.Random(seed + number)
+            for turn in range(turns):
+                sample = await client.complete(prompt, output_len, seed + number)
+                sample.turn = turn
+                samples.append(sample)
+                prompt = f"{prompt}{sample.text}\n{random_text(source, MORE_WORDS)}"
 
     began = time.perf_counter()
     await asyncio.gather(*(one_user(waiting) for _ in range(concurrency)))
@@ -251,7 +268,9 @@ async def run(arguments: argparse.Namespace) -> list[Level]:
             warm = await client.complete(prompts.pop(), min(8, arguments.output_len), arguments.seed)
             if warm.error is not None:
                 raise BenchError(f"the warm-up request failed: {warm.error}")
-            levels.append(await run_level(client, prompts, arguments.output_len, concurrency, arguments.seed))
+            levels.append(
+                await run_level(client, prompts, arguments.output_len, concurrency, arguments.seed, arguments.turns)
+            )
         return levels
 
 
@@ -285,6 +304,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-requests", type=_positive, help="requests of a level (default: four a user)")
     parser.add_argument("--input-len", type=_positive, default=256, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--output-len", type=_positive, default=64, help="generated tokens (default: %(default)s)")
+    parser.add_argument("--turns", type=_positive, default=1, help="of each conversation (default: %(default)s)")
     parser.add_argument("--shared-prefix", type=int, default=0, help="prompt tokens that all requests share")
     parser.add_argument("--model", help="model to ask (default: the first that the server lists)")
     parser.add_argument("--api-key", default=os.environ.get("TOKENSPEED_API_KEY"), help="or set TOKENSPEED_API_KEY")

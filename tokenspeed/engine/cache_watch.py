@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
@@ -19,7 +19,7 @@ CHUNK_EVENTS = 1_000
 """Of one batch at most; a chunk of a snapshot has as many blocks."""
 
 HISTORY_EVENTS = 1 << 15
-"""Events that are remembered: about as many blocks as a GPU computes in ten minutes."""
+"""Events that are remembered: some 14 MB if all are new blocks of 64 tokens."""
 
 
 class Stored(msgspec.Struct, tag="stored", frozen=True, gc=False):
@@ -175,15 +175,13 @@ class CacheWatch:
 def _parents_first(live: dict[int, Stored]) -> list[Stored]:
     """The blocks, each behind its parent if that is there: a parent may have been removed and stored again later."""
     placed: dict[int, Stored] = {}
-    for block in live.values():
-        chain: list[Stored] = []
-        above: Stored | None = block
-        while above is not None and above.hash not in placed:
-            chain.append(above)
-            above = None if above.parent is None else live.get(above.parent)
-        placed |= _by_hash(reversed(chain))
+    for name, block in live.items():
+        if block.parent in placed or block.parent not in live:  # nearly always
+            placed[name] = block
+            continue
+        chain = [block]
+        while (parent := chain[-1].parent) is not None and parent in live and parent not in placed:
+            chain.append(live[parent])
+        for each in reversed(chain):
+            placed[each.hash] = each
     return list(placed.values())
-
-
-def _by_hash(blocks: Iterable[Stored]) -> dict[int, Stored]:
-    return {block.hash: block for block in blocks}

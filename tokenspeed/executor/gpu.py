@@ -169,7 +169,7 @@ class GpuExecutor:
         return GpuFlight(landed, masked, sample)
 
     def close(self) -> None:
-        """Wait for what was launched, then end the thread."""
+        """Wait for what was launched, then end the thread and forget the graphs."""
         if not self._closed:
             self._closed = True
             if self._waiting is not None:
@@ -177,6 +177,7 @@ class GpuExecutor:
                 self._queue.put((error, self._waiting))
             self._queue.put(None)
         self._thread.join()
+        self._graphs.release()
 
     def _land(self) -> None:
         failure: BaseException | None = None

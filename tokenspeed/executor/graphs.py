@@ -71,6 +71,10 @@ class Graphs:
                 self._captured[name, size] = Captured(partial(work, size), pool, stream)
         torch.cuda.current_stream().wait_stream(stream)
 
+    def release(self) -> None:
+        """Forget what was captured. Connections between GPUs that are part of a graph cannot be ended before it is."""
+        self._captured.clear()
+
     def decode(self, rows: int) -> None:
         self._run("decode", rows)
 

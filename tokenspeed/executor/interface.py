@@ -71,7 +71,8 @@ class Peers(Protocol):
         ...
 
     def told(self, data: bytes) -> list[bytes]:
-        """On the host: what the first rank of each group has to tell the others. What other ranks give is not heard."""
+        """On the host: what the first rank of each group has to tell rank 0, where it comes out; nothing on the others.
+        What the other ranks of a group give is not heard."""
         ...
 
 

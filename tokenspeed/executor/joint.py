@@ -171,13 +171,15 @@ _decode = msgspec.msgpack.Decoder(_Told).decode
 
 
 def told_by_all(result: StepResult, beside: Beside, peers: Peers) -> StepResult:
-    """`result` with the log-probabilities of all groups in place of this rank's own: as if all rows were one plan's.
-    On the host, once for each step that `tells`, in the order of the steps."""
+    """`result` with the log-probabilities of all groups in place of this rank's own, as if all rows were one plan's, on
+    rank 0; without any on the others. On the host, once for each step that `tells`, in the order of the steps."""
     own = _Told(
         None if result.logprobs is None else _Scores.of(result.logprobs),
         {row: _Scores.of(scores) for row, scores in result.prompt_logprobs.items()},
     )
     everyone = [_decode(data) for data in peers.told(msgspec.msgpack.encode(own))]
+    if not everyone:
+        return dataclasses.replace(result, logprobs=None, prompt_logprobs={})
     prompts: dict[int, Logprobs] = {}
     first = 0
     for told, rows in zip(everyone, beside.num_rows, strict=True):

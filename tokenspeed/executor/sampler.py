@@ -70,8 +70,9 @@ class Sampler:
         forbidding = [(row, words_of[slot]) for row, slot in enumerate(slots.tolist()) if slot in words_of]
         for row, words in forbidding:
             logits[row].numpy()[words.banned()] = -np.inf
-        for slot, mask in zip(slots[features & Feature.MASKED != 0].tolist(), masks, strict=True):
-            tables.allow(slot, mask)
+        if masks or wanted & Feature.MASKED:
+            for slot, mask in zip(slots[features & Feature.MASKED != 0].tolist(), masks, strict=True):
+                tables.allow(slot, mask)
         tables.place(slots, positions)
         tokens: Int32Array = self._sample(logits, torch.from_numpy(slots.astype(np.int32)), tables.state).numpy()
         for row, words in forbidding:

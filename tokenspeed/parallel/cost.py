@@ -56,10 +56,10 @@ class Link:
 
 
 LINKS = {
-    # Measured on two H200 in a CUDA graph: 13 to 15 µs for 4 to 64 KB, 57 µs for 8 MB.
-    "nccl": Link(13.5e-6, 190e9),
-    # The same machine, torch symmetric memory: 6.7 to 7.1 µs, 33 µs for 8 MB; 292 GB/s from point to point.
-    "symmetric": Link(6.7e-6, 292e9),
+    # Measured on two H200 in a CUDA graph, without the norm: 7.1 to 8.4 µs for 4 to 64 KB, 57 µs for 8 MB.
+    "nccl": Link(7.1e-6, 190e9),
+    # The same machine, symmetric memory, with the norm: 2.5 to 2.9 µs; 33 µs for 8 MB, 292 GB/s from point to point.
+    "symmetric": Link(2.5e-6, 292e9),
 }
 """Between the GPUs of one machine, by what carries the collectives."""
 

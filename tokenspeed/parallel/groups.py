@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
 from torch._C import _distributed_c10d as c10d
 
+log = logging.getLogger(__name__)
+
 PATIENCE = datetime.timedelta(hours=1)
 """How long a collective waits for a rank that is alive: one may read its weights from a slow disk meanwhile. One that
 has died ends a collective at once on a CPU; on a GPU whoever started the ranks ends the others."""
+
+LEAVE_SECONDS = 5.0
 
 Splits = list[int]
 
@@ -35,6 +41,10 @@ class Group(Protocol):
     def broadcast(self, tensors: list[torch.Tensor], options: Any, /) -> Work | None: ...
 
     def _allgather_base(self, whole: torch.Tensor, own: torch.Tensor, options: Any, /) -> Work | None: ...
+
+    def gather(
+        self, everyones: list[list[torch.Tensor]], own: list[torch.Tensor], options: Any, /
+    ) -> Work | None: ...
 
     def _reduce_scatter_base(self, own: torch.Tensor, whole: torch.Tensor, options: Any, /) -> Work | None: ...
 
@@ -88,10 +98,20 @@ class Groups:
         return self._made[ranks]
 
     def leave(self) -> None:
-        """Give the groups up without waiting for anybody."""
-        for group in self._made.values():
-            group.abort()
+        """Give the groups up without waiting for other ranks. NCCL ends a group only when no CUDA graph uses it: where
+        one is left, because a rank was lost in the midst of a step, that is not waited for longer than `LEAVE_SECONDS`.
+        """
+        aborting = threading.Thread(target=_abort, args=(list(self._made.values()),), daemon=True)
+        aborting.start()
+        aborting.join(LEAVE_SECONDS)
+        if aborting.is_alive():
+            log.warning("a group of ranks does not end; it ends with this process")
         self._made.clear()
+
+
+def _abort(groups: Sequence[Group]) -> None:
+    for group in groups:
+        group.abort()
 
 
 def finished(work: Work | None) -> None:

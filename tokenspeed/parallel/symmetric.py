@@ -7,6 +7,7 @@ messages of a decode step, and multicast asks more of a machine than that ranks 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch._C import _distributed_c10d as c10d
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.peers import words_shape
 from tokenspeed.parallel.cost import SHARED_BYTES
+
+log = logging.getLogger(__name__)
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 """Names the running machine."""
@@ -90,18 +93,21 @@ class SymmetricMemory:
             buffer = memory.empty_strided_p2p((starts[-1],), (1,), torch.uint8, self._device)
             buffer.zero_()
             torch.cuda.synchronize(self._device)  # before any other rank counts here
-            handle = memory.rendezvous(buffer, self._group(name, place, size))
-        except RuntimeError:  # torch's word for every reason why a driver does not share memory
+            known, group = self._group(name, place, size)
+            handle = memory.rendezvous(buffer, known)
+        except RuntimeError as error:  # torch's word for every reason why a driver does not share memory
+            log.warning("ranks %s reach each other, but share no memory; NCCL instead: %s", ranks, error)
             return None
         views = {
             field: tuple(handle.get_buffer(other, shape, kind, start // kind.itemsize) for other in range(size))
             for (field, (shape, kind)), start in zip(parts.items(), starts, strict=False)
         }
         calls = torch.zeros(3, rows, dtype=torch.int32, device=self._device)
-        return ops.Peers(rank=place, calls=calls, **views), handle
+        return ops.Peers(rank=place, calls=calls, **views), (handle, group)
 
-    def _group(self, name: str, place: int, size: int) -> str:
-        """A name under which torch finds these ranks and a store of theirs; it keeps it for the whole process."""
+    def _group(self, name: str, place: int, size: int) -> tuple[str, Any]:
+        """A name under which torch finds these ranks and a store of theirs, as long as the group lives that is
+        returned beside it."""
         known = f"tokenspeed {next(_names)}"
         store = c10d.PrefixStore(name, self._store)
         group: Any = c10d.ProcessGroup(store, place, size)
@@ -109,7 +115,7 @@ class SymmetricMemory:
         registry: Any = c10d
         registry._register_process_group(known, group)
         registry._SymmetricMemory.set_group_info(known, place, size, store)
-        return known
+        return known, group
 
 
 def _aligned(shape: tuple[int, ...], dtype: torch.dtype) -> int:

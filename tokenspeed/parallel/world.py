@@ -12,7 +12,7 @@ import errno
 import ipaddress
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import torch
@@ -123,9 +123,11 @@ class World:
         return share(self._groups.of(tuple(range(self.mesh.world))), tokens, self.num_groups)
 
     def told(self, data: bytes) -> list[bytes]:
-        """On the host: what the first rank of each group gives."""
-        everyone = self._everyones(data if self.decides else b"")
-        return everyone[:: self._group_size]
+        """On the host: what the first rank of each group gives, to rank 0; the others get nothing."""
+        own, sizes = self._padded(data if self.decides else b"")
+        rows = [torch.empty_like(own) for _ in sizes] if self.rank == 0 else []
+        finished(self._host.gather([rows] if rows else [], [own], c10d.GatherOptions()))
+        return _cut(rows, sizes)[:: self._group_size]
 
     def send(self, data: bytes) -> None:
         """Rank 0 alone, from a thread of its own: to every other rank, in order. Raises `EOFError` naming a rank that
@@ -148,17 +150,26 @@ class World:
 
     def _everyones(self, own: bytes) -> list[bytes]:
         """What each rank gives."""
-        sizes = self._gathered(torch.tensor([len(own)], dtype=torch.int64)).flatten().tolist()
+        padded, sizes = self._padded(own)
+        return _cut(self._gathered(padded), sizes)
+
+    def _padded(self, own: bytes) -> tuple[torch.Tensor, list[int]]:
+        """Of the length of what the rank gives that gives most, and the lengths of all."""
+        sizes: list[int] = self._gathered(torch.tensor([len(own)], dtype=torch.int64)).flatten().tolist()
         padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
         padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own else padded[:0]
-        rows = self._gathered(padded)
-        return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
+        return padded, sizes
 
     def _gathered(self, own: torch.Tensor) -> torch.Tensor:
         """[n] of every rank, below each other."""
         rows = own.new_empty((self.mesh.world, len(own)))
         finished(self._host._allgather_base(rows.view(-1), own, c10d.AllgatherOptions()))
         return rows
+
+
+def _cut(rows: Iterable[torch.Tensor], sizes: Sequence[int]) -> list[bytes]:
+    """As many bytes of each row as its size says; nothing of no rows."""
+    return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=False)]
 
 
 def _meet(

@@ -18,6 +18,8 @@ from tokenspeed.errors import InvalidRequest
 
 STARTED = time.time()
 ALL = "all"
+COUNTERS = ("prompt_tokens", "cached_tokens", "generation_tokens", "num_steps", "num_preemptions", "num_aborts")
+"""Since the engine's start, as `EngineStats` has them."""
 
 
 def model(engine: AsyncEngine, served_names: Sequence[str]) -> pb.GetModelInfoResponse:
@@ -63,8 +65,11 @@ def server(engine: AsyncEngine, served_names: Sequence[str]) -> pb.GetServerInfo
     )
     started = Timestamp()
     started.FromMicroseconds(int(STARTED * 1e6))
+    counters = Struct()
+    counters.update({name: getattr(stats, name) for name in COUNTERS})
     return pb.GetServerInfoResponse(
         server_args=arguments,
+        scheduler_info=counters,
         active_requests=stats.running + stats.waiting,
         uptime_seconds=time.time() - STARTED,
         max_total_num_tokens=facts.num_blocks * facts.block_size,
