@@ -195,7 +195,7 @@ def test_the_model_is_described(checkpoint: Path) -> None:
 
 def test_the_server_is_described(checkpoint: Path) -> None:
     async def work(served: Served) -> None:
-        served.link.receive(Heartbeat(EngineStats(running=2, waiting=3)))
+        served.link.receive(Heartbeat(EngineStats(running=2, waiting=3, num_steps=9, cached_tokens=4)))
         found = await served.stub.GetServerInfo(pb.GetServerInfoRequest())
         arguments = MessageToDict(found.server_args)
         expected = {
@@ -205,6 +205,8 @@ def test_the_server_is_described(checkpoint: Path) -> None:
         }  # fmt: skip
         assert arguments | expected == arguments
         assert (found.active_requests, found.max_total_num_tokens) == (5, 64000)
+        counters = MessageToDict(found.scheduler_info)
+        assert (counters["num_steps"], counters["cached_tokens"], counters["generation_tokens"]) == (9, 4, 0)
         assert found.tokenspeed_version == __version__
         assert found.uptime_seconds > 0 and found.start_time.seconds > 1_700_000_000
 
