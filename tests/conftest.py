@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import settings
+
+# Read once, at import of grpc, which some tests do before the server's own module: see there.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 settings.register_profile("same", derandomize=True)
 settings.register_profile("fresh", derandomize=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tokenspeed.config import Parallel
-from tokenspeed.entrypoints.flags import FLAGS, ServerConfig, is_loopback, parse_flags
+from tokenspeed.entrypoints.flags import FLAGS, GRPC, GRPC_PORT, ServerConfig, is_loopback, parse_flags
 from tokenspeed.errors import ConfigError
 
 
@@ -199,3 +199,87 @@ def test_every_flag_appears_in_the_help(capsys: pytest.CaptureFixture[str]) -> N
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert all(flag.name in text for flag in FLAGS)
+
+
+def parse_grpc(*arguments: str, **environment: str) -> ServerConfig:
+    return parse_flags(arguments, environment, GRPC)
+
+
+def test_the_program_without_http_serves_grpc_on_its_port() -> None:
+    config = parse_grpc()
+    assert (config.http, config.grpc_port, config.host) == (False, GRPC_PORT, "127.0.0.1")
+    assert parse_grpc("--port", "1234").grpc_port == 1234
+    assert (parse().http, parse().grpc_port) == (True, None)
+    config = parse("--grpc-port", "0", "--port", "9000")
+    assert (config.http, config.port, config.grpc_port) == (True, 9000, 0)
+
+
+def test_what_only_http_knows_is_no_flag_of_the_program_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_grpc("--help")
+    shown = capsys.readouterr().out
+    assert f"default: {GRPC_PORT}" in shown and "8000" not in shown
+    for flag in FLAGS:
+        assert (f" {flag.name} " in shown or f" {flag.name}," in shown) == (flag.field not in GRPC.without), flag.name
+    assert {flag.field for flag in FLAGS} >= GRPC.without
+    with pytest.raises(ConfigError, match="--tool-call-parser"):
+        parse_grpc("--tool-call-parser", "hermes")
+    file = tmp_path / "server.yaml"
+    file.write_text("tool-call-parser: hermes\n")
+    with pytest.raises(ConfigError, match="unknown key 'tool-call-parser'"):
+        parse_grpc("--config", str(file))
+    file.write_text("port: 1234\n")
+    assert parse_grpc("--config", str(file)).grpc_port == 1234
+
+
+def test_keys_guard_grpc_too_but_none_is_an_administrators() -> None:
+    config = parse_grpc("--host", "0.0.0.0", TOKENSPEED_API_KEY="secret", TOKENSPEED_ADMIN_API_KEY="boss")
+    assert (config.api_keys, config.admin_api_keys) == (["secret"], [])
+    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 is public"):
+        parse_grpc("--host", "0.0.0.0")
+    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 is public"):
+        parse("--host", "0.0.0.0", "--uds", "/tmp/x", "--grpc-port", "1")
+    assert parse("--host", "0.0.0.0", "--uds", "/tmp/x").uds == "/tmp/x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--grpc-port", "70000"], "--grpc-port must be between 0 and 65535, got 70000"),
+        (["--grpc-port", "8000"], "--grpc-port must be another port than --port, got 8000 for both"),
+        (["--grpc-port", "x"], "--grpc-port must be an integer"),
+    ],
+)
+def test_a_grpc_port_is_a_port_of_its_own(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(*arguments)
+    assert words in str(refused.value)
+
+
+def test_a_wrong_port_is_named_as_it_was_given() -> None:
+    with pytest.raises(ConfigError, match=r"^--port must be between 0 and 65535, got 70000"):
+        parse_grpc("--port", "70000")
+    assert parse("--grpc-port", "8000", "--uds", "/tmp/x").grpc_port == 8000
+    assert parse("--grpc-port", "0", "--port", "0").port == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], False),
+        (["--cache-events"], True),
+        (["--grpc-port", "0"], True),
+        (["--grpc-port", "0", "--no-cache-events"], False),
+        (["--grpc-port", "0", "--no-enable-prefix-caching"], False),
+    ],
+)
+def test_what_is_cached_is_told_where_a_gateway_may_ask(arguments: list[str], told: bool) -> None:
+    assert parse(*arguments).engine.cache_events is told
+
+
+def test_the_program_for_gateways_tells_it_unless_nothing_is_cached() -> None:
+    assert parse_grpc().engine.cache_events
+    assert not parse_grpc("--no-enable-prefix-caching").engine.cache_events
+    assert not parse_grpc("--no-cache-events").engine.cache_events

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tokenspeed.entrypoints import api
+from tokenspeed.entrypoints import api, run
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -138,7 +138,7 @@ def test_ctrl_c_before_there_is_a_server_is_no_traceback(monkeypatch: pytest.Mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "parse_flags", interrupted)
+    monkeypatch.setattr(run, "parse_flags", interrupted)
     assert api.main([]) == 130
 
 

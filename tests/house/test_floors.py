@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tokenspeed"
 
 FLOORS = {
-    "__main__": 6,
+    "__main__": 7,
     "entrypoints": 6,
     "bench": 6,
     "simulate": 6,
@@ -120,6 +120,7 @@ def test_torch_is_not_named(part: str) -> None:
 def test_the_front_end_process_never_loads_torch() -> None:
     code = (
         "import sys; import tokenspeed.entrypoints.api, tokenspeed.engine.async_engine, tokenspeed.text.load; "
+        "import tokenspeed.entrypoints.grpc.server, tokenspeed.entrypoints.fleet; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'triton', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -247,10 +247,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=int, default=100_000, help="tokens (default: %(default)s)")
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Run and print; 2 when the flags make no sense."""
+def sensible(arguments: argparse.Namespace) -> bool:
+    """Whether the flags make sense; says so where not."""
     if arguments.streams < 1 or arguments.vocabulary < 1000:
         print("bench: --streams must be at least 1, --vocabulary at least 1000", file=sys.stderr)
+        return False
+    return True
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run and print; 2 when the flags make no sense."""
+    if not sensible(arguments):
         return 2
     runs = uvloop.run(run(arguments))
     print("\n".join([HEAD, *(each.row() for each in runs)]))

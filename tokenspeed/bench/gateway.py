@@ -21,7 +21,16 @@ import uvloop
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2 as pb
 from smg_grpc_proto.generated import tokenspeed_scheduler_pb2_grpc as stubs
 
-from tokenspeed.bench.front import HEAD, OPENING_SECONDS, PROBED, Run, processor_seconds, sent_times, stub_server
+from tokenspeed.bench.front import (
+    HEAD,
+    OPENING_SECONDS,
+    PROBED,
+    Run,
+    processor_seconds,
+    sensible,
+    sent_times,
+    stub_server,
+)
 
 PROMPT = list(range(100, 356))
 
@@ -80,7 +89,9 @@ async def run(arguments: argparse.Namespace) -> list[tuple[Run, float]]:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run and print; the exit status."""
+    """Run and print; 2 when the flags make no sense or the server does not start."""
+    if not sensible(arguments):
+        return 2
     try:
         found = uvloop.run(run(arguments))
     except (ValueError, RuntimeError) as error:

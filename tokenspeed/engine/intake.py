@@ -107,7 +107,11 @@ class Intake:
 
         An array of 32-bit integers (typecode i) is taken as it is, which for 50,000 saves 5 ms.
         """
-        ids, rendered = (prompt, None) if isinstance(prompt, array) else await self._encode(prompt, salt)
+        ids: Sequence[int]
+        if isinstance(prompt, array) and prompt.typecode == "i":
+            ids, rendered = prompt, None
+        else:
+            ids, rendered = await self._encode(prompt, salt)
         field = "prompt" if rendered is None else "messages"
         if not ids:
             raise InvalidRequest("the prompt is empty", param=field)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from tokenspeed.entrypoints.flags import GRPC, GRPC_PORT, parse_flags
+from tokenspeed.entrypoints.flags import GRPC, GRPC_PORT, is_loopback, parse_flags
 from tokenspeed.entrypoints.listen import bind
 from tokenspeed.errors import ConfigError
 from tokenspeed.logs import configure_logging
@@ -92,7 +92,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Fleet:
     """Resolve the command line, or raise `ConfigError` in one line. What is behind `--` is the gateway's."""
-    ours, _, theirs = "\0".join(arguments).partition("\0--\0")
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    ours, theirs = arguments[:end], arguments[end + 1 :]
     parser = _Parser(
         prog="python -m tokenspeed serve",
         description=__doc__,
@@ -106,7 +107,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Fleet:
     first = "port of the first engine, others follow (default: %(default)s)"
     parser.add_argument("--worker-port", type=int, default=GRPC_PORT, help=first)
     parser.add_argument("--policy", choices=POLICIES, default=POLICIES[0], help="of the gateway (default: %(default)s)")
-    named, flags = parser.parse_known_args([part for part in ours.split("\0") if part])
+    named, flags = parser.parse_known_args(ours)
     if named.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {named.workers}")
     last = named.worker_port + named.workers - 1
@@ -118,7 +119,15 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Fleet:
         bind(host, port).close()  # one that is taken is told now, not by a program that was started
     if importlib.util.find_spec("smg") is None or importlib.util.find_spec("smg_grpc_proto") is None:
         raise ConfigError("serve needs the gateway: pip install 'tokenspeed[smg]'")
-    config = parse_flags(["--port", str(named.worker_port), *flags], environment, GRPC)
+    config = parse_flags(["--host", "127.0.0.1", "--port", str(named.worker_port), *flags], environment, GRPC)
+    if config.api_keys or config.ssl_certfile:
+        raise ConfigError(
+            "the gateway sends engines no key and speaks no TLS with them: leave out --api-key (TOKENSPEED_API_KEY) "
+            "and --ssl-certfile; the gateway's own flags follow a --"
+        )
+    guarded = any(part.partition("=")[0].endswith("-api-key") for part in theirs)
+    if not (guarded or config.insecure or is_loopback(named.host)):
+        raise ConfigError(f"--host {named.host} is public: add -- --api-key KEY, or --insecure to serve everybody")
     ranks = named.workers * config.engine.parallel.world
     devices = _devices(environment)
     if devices and len(devices) < ranks:
@@ -128,7 +137,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Fleet:
         flags += ["--num-threads", str(share)]
     return Fleet(
         named.workers, named.host, named.port, named.worker_port, named.policy, config.shutdown_grace,
-        devices[:ranks], tuple(flags), tuple(part for part in theirs.split("\0") if part),
+        devices[:ranks], tuple(flags), tuple(theirs),
     )  # fmt: skip
 
 
@@ -187,6 +196,8 @@ class _Running:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if not tasks[0].cancelled():
+            tasks[0].result()  # raises what went wrong in it
 
     async def _engine(self, number: int) -> None:
         """Keep one engine running. One that ends again and again, or that cannot work as asked, ends everything."""
@@ -196,6 +207,8 @@ class _Running:
             process = self._engines[number] = await asyncio.create_subprocess_exec(
                 *command, env=os.environ | environment, start_new_session=True
             )
+            if self._stop.is_set():  # since we began to start it: `_end` may have looked before it was there
+                process.terminate()
             status = await process.wait()
             if self._stop.is_set():
                 return

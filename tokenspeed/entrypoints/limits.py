@@ -1,10 +1,14 @@
-"""What the HTTP door bounds, in one place. The defaults are what the server runs with; tests pass smaller ones."""
+"""What the HTTP and gRPC doors bound, in one place.
+
+The defaults are what the server runs with; tests pass smaller ones.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 MAX_MESSAGES = 4096
@@ -41,9 +45,9 @@ class Limits:
     a refused body is read, so that the client sees the refusal. `keepalive_seconds`: silence on a stream before a
     comment line. `reader_seconds`: how long a client may leave its receive buffer full before its request is
     aborted; at most `write_buffer_bytes` wait for it here. `generate_seconds`: for the token of /health_generate.
-    `total_body_bytes`: all bodies being received. `heartbeat_seconds`: silence after which an engine is not alive.
-    `max_stored_responses`, `max_stored_bytes`: what is kept of an API key's responses, each for `stored_seconds`
-    after it was last used.
+    `total_body_bytes`: all bodies being received. `max_message_bytes`: one message over gRPC, either way.
+    `heartbeat_seconds`: silence after which an engine is not alive. `max_stored_responses`, `max_stored_bytes`: what is
+    kept of an API key's responses, each for `stored_seconds` after it was last used.
     """
 
     header_seconds: float = 10.0
@@ -55,6 +59,7 @@ class Limits:
     generate_seconds: float = 30.0
     max_body_bytes: int = MAX_BODY_BYTES
     total_body_bytes: int = 8 * MAX_BODY_BYTES
+    max_message_bytes: int = MAX_MESSAGE_BYTES
     write_buffer_bytes: int = 256 * 1024
     heartbeat_seconds: float = 5.0
     max_stored_responses: int = 1000

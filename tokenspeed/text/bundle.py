@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenspeed.checkpoint.gguf_file import GGUFFile
@@ -10,7 +11,7 @@ from tokenspeed.checkpoint.source import Source
 from tokenspeed.errors import CheckpointError
 from tokenspeed.text.files import read_bytes
 from tokenspeed.text.gguf_vocab import gguf_description
-from tokenspeed.text.load import gguf_special_tokens, gguf_templates
+from tokenspeed.text.load import gguf_special_tokens, gguf_templates, templates_of
 from tokenspeed.text.template import DEFAULT
 
 NAMES = (
@@ -27,7 +28,8 @@ NAMES = (
     "chat_template.json",
     TEMPLATE := "chat_template.jinja",
 )
-PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja")
+ADDITIONAL = "additional_chat_templates"
+PATTERNS = ("*.tiktoken", f"{ADDITIONAL}/*.jinja")
 
 
 def tokenizer_files(
@@ -39,10 +41,11 @@ def tokenizer_files(
     """
     path = source.path if tokenizer is None else Path(tokenizer).expanduser()
     files = _of_gguf(path) if path.suffix == ".gguf" and path.is_file() else _of_folder(path)
-    if tokenizer is not None and not _has_template(files) and source.kind == "hf":
-        files |= {name: data for name, data in _of_folder(source.path).items() if "chat_template" in name}
     if chat_template is not None:
-        files[TEMPLATE] = read_bytes(Path(chat_template).expanduser())
+        kept = {name: data for name, data in files.items() if "chat_template" not in name}
+        return kept | {TEMPLATE: read_bytes(Path(chat_template).expanduser())}
+    if tokenizer is not None and not _has_template(files):
+        files |= _written(templates_of(source)[0])
     return files
 
 
@@ -67,10 +70,16 @@ def _of_gguf(path: Path) -> dict[str, bytes]:
         },
     }  # fmt: skip
     written = {name: json.dumps(content, ensure_ascii=False).encode() for name, content in files.items()}
-    templates = gguf_templates(metadata)
-    if DEFAULT in templates:
-        written[TEMPLATE] = templates[DEFAULT].encode()
-    return written
+    return written | _written(gguf_templates(metadata))
+
+
+def _written(templates: Mapping[str, str]) -> dict[str, bytes]:
+    """Chat templates as files of their own; one whose name is no file's has none."""
+    return {
+        TEMPLATE if name == DEFAULT else f"{ADDITIONAL}/{name}.jinja": text.encode()
+        for name, text in templates.items()
+        if not {"/", "\\"} & set(name)
+    }
 
 
 def _has_template(files: dict[str, bytes]) -> bool:

@@ -47,7 +47,7 @@ def load_text(source: Source, *, tokenizer: str | None = None, chat_template: st
     described = _described(source.path, source.kind == "gguf") if tokenizer is None else _named(tokenizer)
     templates, name = described.templates, described.name
     if tokenizer is not None and not templates and chat_template is None:
-        templates, name = _templates_of(source)
+        templates, name = templates_of(source)
     if chat_template is not None:
         templates, name = {DEFAULT: read_text(Path(chat_template).expanduser())}, chat_template
     if not templates:
@@ -104,7 +104,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _templates_of(source: Source) -> tuple[dict[str, str], str]:
+def templates_of(source: Source) -> tuple[dict[str, str], str]:
+    """A checkpoint's own chat templates by name, and the file they are in."""
     if source.kind == "gguf":
         with GGUFFile(source.path) as file:
             return gguf_templates(file.metadata), str(source.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ ELSEWHERE = ("mm_inputs", "encode_bootstrap_info", "kv_bootstrap_info")
 """Messages of other deployments: media, and prompts computed by another worker."""
 
 MAX_ID_BYTES = 256
+TOKEN_ID = re.compile(r"0|[1-9]\d{0,9}", re.ASCII)
+"""As a key: one spelling each, of 32 bits or a little more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,12 @@ class Asked:
     @classmethod
     def of(cls, request: pb.GenerateRequest, defaults: Mapping[str, float]) -> Asked:
         """Raise `InvalidRequest` naming the field that cannot be honoured."""
-        if not request.request_id or len(request.request_id.encode()) > MAX_ID_BYTES:
-            raise InvalidRequest(f"request_id must have 1 to {MAX_ID_BYTES} bytes", param="request_id")
-        for name in ELSEWHERE:
-            if request.HasField(name):
-                raise InvalidRequest(f"{name} is not supported: this engine computes whole texts itself", param=name)
+        name = request.request_id
+        if not name or len(name.encode()) > MAX_ID_BYTES or not name.isprintable():
+            raise InvalidRequest(f"request_id must have 1 to {MAX_ID_BYTES} bytes, printable ones", param="request_id")
+        for field in ELSEWHERE:
+            if request.HasField(field):
+                raise InvalidRequest(f"{field} is not supported: this engine computes whole texts itself", param=field)
         if request.HasField("data_parallel_rank"):
             raise InvalidRequest(
                 "data_parallel_rank is not supported: the engine chooses the group of ranks", param="data_parallel_rank"
@@ -80,7 +84,7 @@ class Asked:
             ) from None
         asked = request.sampling_params
         return cls(
-            request.request_id,
+            name,
             ids,
             _params(request, defaults),
             _terms(asked),
@@ -110,11 +114,10 @@ def _params(request: pb.GenerateRequest, defaults: Mapping[str, float]) -> Sampl
 
 
 def _biases(asked: Mapping[str, float]) -> dict[int, float]:
-    try:
-        return {int(name): bias for name, bias in asked.items()}
-    except ValueError:
-        wrong = next(name for name in asked if not name.isdecimal())
-        raise InvalidRequest(f"logit_bias must be keyed by token ids, got {wrong[:64]!r}", param="logit_bias") from None
+    wrong = next((name for name in asked if not TOKEN_ID.fullmatch(name)), None)
+    if wrong is not None:
+        raise InvalidRequest(f"logit_bias must be keyed by token ids, got {wrong[:64]!r}", param="logit_bias")
+    return {int(name): bias for name, bias in asked.items()}
 
 
 def _logprobs(request: pb.GenerateRequest) -> int | None:

@@ -10,7 +10,11 @@ from tokenspeed.engine.cache_watch import CacheBatch, Removed, Stored
 
 
 def batch_message(batch: CacheBatch, block_size: int) -> common.KvEventBatch:
-    """One numbered batch; runs of blocks that follow each other in a chain, or of removed ones, are one event."""
+    """One numbered batch; runs of blocks that follow each other in a chain, or of removed ones, are one event.
+
+    Events bear the batch's number; those of a snapshot, which nobody published, bear 0.
+    """
+    event_id = batch.number if batch.snapshot is None else 0
     message = common.KvEventBatch(
         sequence_number=batch.number, timestamp=batch.timestamp, dp_rank=batch.pool
     )
@@ -24,7 +28,7 @@ def batch_message(batch: CacheBatch, block_size: int) -> common.KvEventBatch:
         if isinstance(event, Stored):
             if last is None or tail is None or event.parent != tail:
                 last = message.events.add()
-                last.event_id = batch.number
+                last.event_id = event_id
                 if event.parent is not None:
                     last.stored.parent_block_hash = event.parent
                 last.stored.tier = common.KV_CACHE_TIER_DEVICE
@@ -35,12 +39,12 @@ def batch_message(batch: CacheBatch, block_size: int) -> common.KvEventBatch:
         elif isinstance(event, Removed):
             if last is None or not last.HasField("removed"):
                 last = message.events.add()
-                last.event_id = batch.number
+                last.event_id = event_id
             last.removed.block_hashes.append(event.hash)
             tail = None
         else:
             last = message.events.add()
-            last.event_id = batch.number
+            last.event_id = event_id
             last.cleared.SetInParent()
             last, tail = None, None
     return message

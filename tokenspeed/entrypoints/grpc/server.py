@@ -24,15 +24,13 @@ from tokenspeed.entrypoints.limits import Limits
 from tokenspeed.entrypoints.metrics import Metrics
 from tokenspeed.errors import ConfigError
 
-MAX_MESSAGE_BYTES = 512 << 20
 LAST_WORDS_SECONDS = 5.0
 """After the engine drained: how long answers may take to reach slow clients."""
 
 STALL_POLL_SECONDS = 1.0
+HEALTH = "/tokenspeed.grpc.scheduler.TokenSpeedScheduler/HealthCheck"
 
 OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Gateways ping idle connections as they like.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
@@ -42,7 +40,7 @@ OPTIONS = (
 
 
 class KeyRequired(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
-    """Refuses calls without one of the keys: `authorization: Bearer KEY`, as over HTTP."""
+    """Refuses calls without one of the keys: `authorization: Bearer KEY`, as over HTTP. Health is anybody's to ask."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
@@ -51,7 +49,8 @@ class KeyRequired(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
         """The call's own handler, or one that refuses it."""
         headers = CIMultiDict((name, value) for name, value in call.invocation_metadata if isinstance(value, str))
-        return await continuation(call) if self._keys.admits(headers) else self._refusal
+        admitted = call.method == HEALTH or self._keys.admits(headers)
+        return await continuation(call) if admitted else self._refusal
 
     @staticmethod
     async def _refuse(_: Any, context: Any) -> None:
@@ -79,7 +78,8 @@ class GrpcServer:
         pause_beside: Callable[[int], float] = pause_beside,
     ) -> None:
         self._servicer = Servicer(engine, served_names, metrics, limits, pause_beside)
-        self._server = grpc.aio.server(interceptors=[KeyRequired(keys)], options=OPTIONS)
+        sizes = [(f"grpc.max_{way}_message_length", limits.max_message_bytes) for way in ("receive", "send")]
+        self._server = grpc.aio.server(interceptors=[KeyRequired(keys)], options=[*OPTIONS, *sizes])
         self._stalls: asyncio.Task[None] | None = None
         stubs.add_TokenSpeedSchedulerServicer_to_server(self._servicer, self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -23,7 +25,7 @@ from tokenspeed.entrypoints.grpc.tokenizer_files import chunks_of, zipped
 from tokenspeed.entrypoints.grpc.told import Told
 from tokenspeed.entrypoints.limits import Limits
 from tokenspeed.entrypoints.metrics import Metrics, RequestTimes
-from tokenspeed.errors import ConfigError, InternalError, InvalidRequest, RequestError, Unavailable
+from tokenspeed.errors import CheckpointError, ConfigError, InternalError, InvalidRequest, RequestError, Unavailable
 from tokenspeed.request import RequestOutput
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     500: grpc.StatusCode.INTERNAL,
     503: grpc.StatusCode.UNAVAILABLE,
@@ -44,20 +47,25 @@ class IdInUse(InvalidRequest):
     """A client's own id that is running already."""
 
 
+class NotRead(RequestError):
+    """408: the client has left what it was sent unread for too long."""
+
+    status = 408
+
+
 @dataclass(slots=True, eq=False)
 class Call:
-    """A `Generate` in progress. `writing` is since when a message has been on its way to the client."""
+    """A `Generate` in progress. `writing` is since when a message has been on its way to the client.
+
+    `aborted` ends it also if the engine does not know it yet. `stalled`: a message was on its way for too long, and
+    `task` was cancelled for it.
+    """
 
     task: asyncio.Task[Any] | None
     stream: Stream | None = None
     aborted: bool = False
     writing: float | None = None
-
-    async def abort(self) -> None:
-        """End it, however far it is."""
-        self.aborted = True
-        if self.stream is not None:
-            await self.stream.abort()
+    stalled: bool = False
 
 
 class Servicer:
@@ -86,6 +94,9 @@ class Servicer:
         """Tokens of one request. A client that goes away, or is past its deadline, cancels this."""
         try:
             await self._generate(request, context)
+        except NotRead as error:
+            with contextlib.suppress(grpc.aio.InternalError):  # who reads nothing may leave without reading this
+                await _refuse(context, error)
         except RequestError as error:
             await _refuse(context, error)
 
@@ -105,22 +116,30 @@ class Servicer:
             told = Told(asked, frozenset(self._engine.facts.eos_token_ids))
             pause = 0.0
             while outputs := await stream.batch(pause):
-                call.writing = loop.time()
-                self._count(times, stream, outputs, call.writing)
+                self._count(times, stream, outputs, loop.time())
                 for message in told.messages(outputs):
+                    call.writing = loop.time()
                     await context.write(message)
                 call.writing = None
                 pause = self._pause_beside(len(self.calls)) if asked.stream else GATHER_SECONDS
+        except asyncio.CancelledError:
+            if call.stalled:  # a handler that is only cancelled would leave the client waiting for a status
+                raise NotRead("the client reads nothing: this request was ended") from None
+            raise
         finally:
             del self.calls[asked.request_id]
             if call.stream is not None:
                 await call.stream.aclose()
 
     def _count(self, times: RequestTimes, stream: Stream, outputs: list[RequestOutput], now: float) -> None:
-        """Metrics; raises when a choice ended with an error."""
+        """Metrics; raises when a choice ended with an error. Tokens that gathered came evenly, as far as we know."""
+        counts: Counter[int] = Counter()
         for output in outputs:
-            if output.token_ids:
-                times.tokens(output.index, len(output.token_ids), now)
+            counts[output.index] += len(output.token_ids)
+        for index, count in counts.items():
+            if count:
+                times.tokens(index, count, now)
+        for output in outputs:
             if output.finish_reason is not None:
                 times.finished(output.finish_reason, now)
                 if output.finish_reason == "error":
@@ -132,12 +151,11 @@ class Servicer:
         """End a request and those whose ids are its children's; one that is not running is fine."""
         wanted = request.request_id
         found = [
-            call
-            for id, call in self.calls.items()
-            if id == wanted or (id.startswith(wanted) and CHILD.fullmatch(id, len(wanted)))
+            id for id in self.calls if id == wanted or (id.startswith(wanted) and CHILD.fullmatch(id, len(wanted)))
         ]
-        for call in found:
-            await call.abort()
+        for id in found:
+            self.calls[id].aborted = True
+            await self._engine.abort(id)
         return pb.AbortResponse(success=True, message=f"{len(found)} running requests aborted")
 
     # What a gateway asks -------------------------------------------------------------------------------
@@ -167,7 +185,10 @@ class Servicer:
         """The tokenizer's files, zipped, for a gateway on another machine."""
         engine = await self._ready(context)
         if self._bundle is None:
-            self._bundle = await asyncio.to_thread(zipped, engine.config)
+            try:
+                self._bundle = await asyncio.to_thread(zipped, engine.config)
+            except CheckpointError as error:
+                await _refuse(context, InternalError(str(error)))
         for chunk in chunks_of(self._bundle):
             yield chunk
 
@@ -192,7 +213,7 @@ class Servicer:
         loop = asyncio.get_running_loop()
         until = loop.time() + request.timeout_s
         while (stats := engine.stats()).running + stats.waiting or self.calls:
-            if loop.time() >= until:
+            if not loop.time() < until:  # nor is there a time to wait for in a NaN
                 return common.FlushCacheResponse(success=False, message="requests are running; give a timeout_s")
             await asyncio.sleep(IDLE_POLL_SECONDS)
         try:
@@ -216,6 +237,7 @@ class Servicer:
         for id, call in self.calls.items():
             if call.writing is not None and now - call.writing > self._limits.reader_seconds and call.task is not None:
                 log.warning("request %s is ended: its client reads nothing", id)
+                call.stalled = True
                 call.task.cancel()
 
     def _unavailable(self) -> Unavailable | None:
