@@ -149,6 +149,7 @@ def test_our_own_flags_are_checked(arguments: list[str], words: str) -> None:
         (["--grpc-port", "1"], "--grpc-port"),
         (["--tool-call-parser", "hermes"], "--tool-call-parser"),
         (["--api-key", "k"], "leave out --api-key"),
+        (["--workers", "2", "--record", "calls"], "--record is of one engine"),
         (["--ssl-keyfile", "k", "--ssl-certfile", "c"], "TLS"),
     ],
 )

@@ -226,6 +226,23 @@ def test_an_id_in_use_is_refused_for_that_call_alone_and_free_again_afterwards(c
     serving(checkpoint, work)
 
 
+def test_a_defect_of_ours_ends_its_call_alone_and_keeps_its_secrets(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(served: Served) -> None:
+        first = served.generate("first")
+        (submit,) = await served.link.submits(1)
+        with monkeypatch.context() as broken:
+            broken.setattr(served.engine, "submit", lambda *_, **__: 1 / 0)
+            error = await refused(served.generate("second"))
+        assert error.code() is Code.INTERNAL and "division" not in str(error.details())
+        served.link.give(submit.id, 100, EOS, finish=Finish.STOP)
+        assert ids_of(await read(first)) == [100]
+
+    serving(checkpoint, work)
+    assert "request second is ended" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("fields", "word"),
     [

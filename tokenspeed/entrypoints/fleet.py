@@ -125,6 +125,8 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Fleet:
             "the gateway sends engines no key and speaks no TLS with them: leave out --api-key (TOKENSPEED_API_KEY) "
             "and --ssl-certfile; the gateway's own flags follow a --"
         )
+    if config.engine.record is not None and named.workers > 1:
+        raise ConfigError("--record is of one engine: several would write the same file")
     guarded = any(part.partition("=")[0].endswith("-api-key") for part in theirs)
     if not (guarded or config.insecure or is_loopback(named.host)):
         raise ConfigError(f"--host {named.host} is public: add -- --api-key KEY, or --insecure to serve everybody")

@@ -99,6 +99,12 @@ class Servicer:
                 await _refuse(context, error)
         except RequestError as error:
             await _refuse(context, error)
+        except grpc.aio.BaseError:
+            raise
+        except Exception:
+            # Not a rescue: this call ends, as INTERNAL instead of UNKNOWN with the exception's own text.
+            log.exception("request %s is ended", request.request_id)
+            await _refuse(context, InternalError("a defect of this server ended this request; its log has the details"))
 
     async def _generate(self, request: pb.GenerateRequest, context: Any) -> None:
         loop = asyncio.get_running_loop()
