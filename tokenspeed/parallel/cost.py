@@ -57,7 +57,7 @@ class Link:
 
 LINKS = {
     # Sums of two H200 in a CUDA graph, without a norm: 7.1 to 8.4 µs for 4 to 64 KiB, 57 µs for 8 MiB. The line is
-    # within 8% of each of them; a gather takes up to 3 µs longer.
+    # within 8% of each of them; a gather takes up to 3.5 µs longer.
     "nccl": Link(7.6e-6, 170e9),
     # The same machine, one kernel over shared memory, with residual and norm: 2.2 to 2.9 µs for 4 to 64 KiB, 33 µs for
     # 8 MiB; 292 GB/s from point to point.
