@@ -56,9 +56,11 @@ class Link:
 
 
 LINKS = {
-    # Measured on two H200 in a CUDA graph, without the norm: 7.1 to 8.4 µs for 4 to 64 KB, 57 µs for 8 MB.
-    "nccl": Link(7.1e-6, 190e9),
-    # The same machine, symmetric memory, with the norm: 2.5 to 2.9 µs; 33 µs for 8 MB, 292 GB/s from point to point.
+    # Sums of two H200 in a CUDA graph, without a norm: 7.1 to 8.4 µs for 4 to 64 KiB, 57 µs for 8 MiB. The line is
+    # within 8% of each of them; a gather takes up to 3.5 µs longer.
+    "nccl": Link(7.6e-6, 170e9),
+    # The same machine, one kernel over shared memory, with residual and norm: 2.2 to 2.9 µs for 4 to 64 KiB, 33 µs for
+    # 8 MiB; 292 GB/s from point to point.
     "symmetric": Link(2.5e-6, 292e9),
 }
 """Between the GPUs of one machine, by what carries the collectives."""
