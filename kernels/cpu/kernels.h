@@ -152,7 +152,7 @@ constexpr int64_t pair_tokens(int64_t tokens) {
     const int64_t rows = pair_rows(tokens);
     return (tokens + rows - 1) / rows * rows;
 }
-// A few may be floats instead of pairs; a group has its sum too.
+// A few may be floats instead of pairs, so that fewer tokens can take more; a group has its sum too.
 constexpr int64_t pair_floats(int64_t tokens, int64_t groups) {
     return pair_tokens(tokens) * groups * ((tokens <= ORDERED_FEW ? GROUP : GROUP / 2) + 1);
 }

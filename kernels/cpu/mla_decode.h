@@ -1,5 +1,5 @@
 // Absorbed latent attention of a few queries a row. Included by each isa_*.cc inside its namespace, after
-// attention_prefill.h.
+// attention_prefill.h and mla_soften.h.
 //
 // A row's queries times its heads are rows of a matrix that share each tile of cached latents: S = Q·Kᵀ with K
 // transposed into scratch, the online softmax along each row, O = O·factor + P·K without its rotated part.

@@ -1,5 +1,5 @@
 // Absorbed latent attention of bfloat16 in AMX tiles. Included by isa_amx.cc inside its namespace, after
-// attention_decode.h and pair_tiles.h.
+// attention_decode.h and pair_tiles.h and mla_soften.h.
 //
 // 16 tokens are the rows of a tile where they lie in the cache, 16 query rows the columns of another, packed once: their
 // product is a tile of scores, transposed. Latents as values are interleaved in pairs of tokens once for all query

@@ -2,9 +2,9 @@
 // namespace, after pair_vectors.h or pair_tiles.h.
 
 namespace {
-template <bool SUMS, class Pairs>
+template <class Pairs>
 constexpr void use_pairs(Kernels& kernels, Form form, Pairs pairs) {
-    kernels.forms[static_cast<int>(form)].pairs_pack = pairs_pack<SUMS>;
+    kernels.forms[static_cast<int>(form)].pairs_pack = pairs_pack<false>;
     kernels.forms[static_cast<int>(form)].pairs = pairs;
 }
 
@@ -18,13 +18,13 @@ constexpr void use_scaled(Kernels& kernels, Form form) {
 // Five and six bits: only where they are rounded, for many tokens.
 template <class View>
 constexpr void use_rounded(Kernels& kernels, Form form) {
-    use_pairs<false>(kernels, form, only_rounded_pairs<View>);
+    use_pairs(kernels, form, only_rounded_pairs<View>);
     kernels.forms[static_cast<int>(form)].pairs_of_many = true;
 }
 #endif
 
 constexpr Kernels with_pairs(Kernels kernels) {
-    use_pairs<false>(kernels, Form::panels, plain_pairs);
+    use_pairs(kernels, Form::panels, plain_pairs);
 #ifdef TOKENSPEED_TILES
     use_scaled<NibblePairs<Half, false>>(kernels, Form::q4_0);
     use_scaled<NibblePairs<Half, true>>(kernels, Form::q4_1);

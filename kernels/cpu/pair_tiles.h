@@ -1,5 +1,5 @@
 // The products of pairs.h in AMX tiles: 16 tokens × 32 columns times 32 columns × 16 rows an instruction. Included by
-// isa_amx.cc inside its namespace, after pairs.h.
+// isa_amx.cc inside its namespace, after pairs.h and pair_order.h.
 //
 // Instructions are written out: compilers offer them only where the whole file may use them. No compiler keeps
 // anything in a tile. Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights.
@@ -136,7 +136,7 @@ inline void strips_of_tiles(const Linear& a, const Pairs& x, int64_t begin, int6
     for (int64_t panel = first; panel < last;) {
         const int64_t count = last - panel >= PANELS ? PANELS : last - panel >= 2 ? 2 : 1, stride = count * size;
         Stream next{static_cast<const char*>(a.weight) + (panel + count) * bytes, 0};
-        if (panel + count < last && passes > 1) {
+        if (panel + count < last && passes > 1 && x.groups > 0) {
             next.lines = static_cast<int>((count * bytes / 64 + passes * x.groups - 1) / (passes * x.groups));
         }
         for (int64_t g = 0; g == 0 || g < x.groups; g += depth) {

@@ -40,7 +40,8 @@ def implementations() -> tuple[Implementation, ...]:
         )
 
     def all_reduce_norm(warps: int) -> Implementation:
-        """Below the Triton version (10), hence only where asked for: it has not been measured yet."""
+        """Below the Triton version (10), hence only where it is asked for or `tune` finds it faster, as it did between
+        two GPUs up to 32 KiB: 2.2 against 2.5 µs."""
         bind = lazy(f"tokenspeed.kernels.hopper.all_reduce_norm:bind_{warps}_warps")
         dtypes = frozenset((torch.bfloat16, torch.float16, torch.float32))
         return dataclasses.replace(

@@ -54,7 +54,7 @@ def _store_pairs(pairs, numbers):
 @gluon.constexpr_function
 def _stored_operands(pairs, numbers):
     each = pairs * numbers
-    return ",".join(["=r"] * 2 * pairs + ["l"] * each + ["r"] * 2 * pairs + ["r"] * 2 * each)
+    return ",".join(["=&r"] * 2 * pairs + ["l"] * each + ["r"] * 2 * pairs + ["r"] * 2 * each)
 
 
 @gluon.constexpr_function

@@ -41,6 +41,10 @@ def removed(*names: int, pool: int = 0) -> CacheEvents:
     return CacheEvents(pool, np.array(records, CACHE_RECORD).tobytes(), b"")
 
 
+def cleared(pool: int = 0) -> CacheEvents:
+    return CacheEvents(pool, np.array([(0, 0, CacheChange.CLEARED, 0)], CACHE_RECORD).tobytes(), b"")
+
+
 def chain(first: int, count: int) -> CacheEvents:
     return stored(*((name, name - 1 if name > first else None) for name in range(first, first + count)))
 
@@ -52,7 +56,7 @@ class Follower:
         self._batches = batches
         self.number = start
         self.snapshots = 0
-        self.live: dict[int, dict[int, Stored]] = {}
+        self.live: dict[int, Stored] = {}
 
     async def read(self, up_to: int) -> list[CacheBatch]:
         """All batches up to that number."""
@@ -63,11 +67,10 @@ class Follower:
             read.append(batch)
         return read
 
-    async def counts(self, blocks: int) -> list[int]:
-        """The blocks of each pool, once there are so many in all."""
-        while sum(map(len, self.live.values())) != blocks:
+    async def until(self, blocks: int) -> None:
+        """Read until there are so many."""
+        while len(self.live) != blocks:
             await self.read(self.number + 1)
-        return [len(self.live[pool]) for pool in sorted(self.live)]
 
     def take(self, batch: CacheBatch) -> None:
         if batch.snapshot is None or batch.snapshot.index:
@@ -76,7 +79,7 @@ class Follower:
             self.snapshots += 1
             self.live.clear()
         self.number = batch.number
-        live = self.live.setdefault(batch.pool, {})
+        live = self.live
         for event in batch.events:
             match event:
                 case Stored(hash=name, parent=parent):
@@ -90,7 +93,7 @@ class Follower:
 
 
 def new_watch(history: int = 100) -> CacheWatch:
-    return CacheWatch(SIZE, on=True, history=history, clock=lambda: TIME)
+    return CacheWatch(SIZE, on=True, history=history, clock=lambda: TIME, numbers_from=0)
 
 
 def test_batches_are_numbered_and_say_what_became_of_which_blocks() -> None:
@@ -101,11 +104,47 @@ def test_batches_are_numbered_and_say_what_became_of_which_blocks() -> None:
         watch.hear(removed(-8))
         watch.hear(stored((9, None), pool=1))
         assert await follower.read(4) == [
-            CacheBatch(1, 0, TIME, [Cleared()]),
-            CacheBatch(2, 0, TIME, [Stored(7, None, tokens_of(7)), Stored(-8, 7, tokens_of(-8))]),
-            CacheBatch(3, 0, TIME, [Removed(-8)]),
-            CacheBatch(4, 1, TIME, [Stored(9, None, tokens_of(9))]),
+            CacheBatch(1, TIME, [Cleared()]),
+            CacheBatch(2, TIME, [Stored(7, None, tokens_of(7)), Stored(-8, 7, tokens_of(-8))]),
+            CacheBatch(3, TIME, [Removed(-8)]),
+            CacheBatch(4, TIME, [Stored(9, None, tokens_of(9))]),
         ]
+
+    asyncio.run(run())
+
+
+def test_a_block_is_cached_as_long_as_any_pool_has_it() -> None:
+    async def run() -> None:
+        watch = new_watch()
+        follower = Follower(watch.watch())
+        watch.hear(stored((1, None), (2, 1)))
+        watch.hear(stored((1, None), (3, 1), pool=1))
+        watch.hear(removed(1))
+        assert [batch.events for batch in (await follower.read(3))[1:]] == [
+            [Stored(1, None, tokens_of(1)), Stored(2, 1, tokens_of(2))],
+            [Stored(3, 1, tokens_of(3))],
+        ]
+        watch.hear(stored((1, None)))
+        watch.hear(cleared(pool=1))  # the first pool has 1 and 2
+        watch.hear(removed(1))
+        watch.hear(cleared())
+        assert [batch.events for batch in await follower.read(6)] == [[Removed(3)], [Removed(1)], [Cleared()]]
+        assert follower.live == watch._live == {}
+
+    asyncio.run(run())
+
+
+def test_who_followed_an_engine_that_is_gone_is_shown_the_state_of_the_next() -> None:
+    async def run() -> None:
+        before = CacheWatch(SIZE, on=True, clock=lambda: TIME)
+        follower = Follower(before.watch())
+        before.hear(stored((1, None)))
+        await follower.until(1)
+        after = CacheWatch(SIZE, on=True, clock=lambda: TIME + 60)
+        for name in range(10, 15):
+            after.hear(stored((name, None)))
+        batch = await anext(after.watch(follower.number))
+        assert batch.snapshot is not None and batch.events[0] == Cleared() and len(batch.events) == 6
 
     asyncio.run(run())
 
@@ -123,7 +162,7 @@ def test_who_waits_hears_of_a_batch_and_several_follow_each_at_its_pace() -> Non
         watch.hear(removed(3))
         await quick.read(3)
         await slow.read(3)
-        assert quick.live == slow.live and list(quick.live[0]) == [1, 2]
+        assert quick.live == slow.live and list(quick.live) == [1, 2]
 
     asyncio.run(run())
 
@@ -144,7 +183,7 @@ def test_a_reader_goes_on_where_it_was_if_that_is_remembered(start: int, numbers
             follower.number = 0
         assert [batch.number for batch in await follower.read(6)] == numbers
         if snapshots:
-            assert list(follower.live[0]) == [1, 2, 3, 4, 5]
+            assert list(follower.live) == [1, 2, 3, 4, 5]
 
     asyncio.run(run())
 
@@ -168,18 +207,18 @@ def test_a_snapshot_has_all_blocks_in_chunks_and_what_follows_goes_on_behind_it(
         blocks = 2 * CHUNK_EVENTS + 5
         watch.hear(chain(1, blocks))
         watch.hear(removed(blocks))
-        watch.hear(stored((1, None), pool=1))
+        watch.hear(stored((-1, None), pool=1))
         follower = Follower(watch.watch())
         chunks = await follower.read(6)
-        assert [(each.number, each.pool, len(each.events)) for each in chunks] == [
-            (3, 0, CHUNK_EVENTS + 1), (4, 0, CHUNK_EVENTS), (5, 0, 4), (6, 1, 2)
+        assert [(each.number, len(each.events)) for each in chunks] == [
+            (4, CHUNK_EVENTS + 1), (5, CHUNK_EVENTS), (6, 5)
         ]  # fmt: skip
-        assert [each.snapshot and each.snapshot.index for each in chunks] == [0, 1, 2, 3]
-        assert all(each.snapshot and (each.snapshot.count, each.snapshot.num_blocks) == (4, blocks) for each in chunks)
-        assert chunks[0].events[0] == chunks[3].events[0] == Cleared()
+        assert [each.snapshot and each.snapshot.index for each in chunks] == [0, 1, 2]
+        assert all(each.snapshot and (each.snapshot.count, each.snapshot.num_blocks) == (3, blocks) for each in chunks)
+        assert chunks[0].events[0] == Cleared()
         watch.hear(removed(blocks - 1))
         assert [batch.number for batch in await follower.read(7)] == [7]
-        assert [len(live) for live in follower.live.values()] == [blocks - 2, 1]
+        assert len(follower.live) == blocks - 1
 
     asyncio.run(run())
 
@@ -209,7 +248,7 @@ def test_a_slow_reader_is_shown_the_state_instead_of_what_was_forgotten() -> Non
             if name > 5:
                 watch.hear(removed(name - 5))
         await follower.read(1 + 39 + 34)
-        assert follower.snapshots == 1 and list(follower.live[0]) == [35, 36, 37, 38, 39]
+        assert follower.snapshots == 1 and list(follower.live) == [35, 36, 37, 38, 39]
         assert len(watch._batches) <= 4
 
     asyncio.run(run())
@@ -237,15 +276,15 @@ def test_the_end_of_an_engine_is_told_behind_everything_else() -> None:
         watch.hear(stored((1, None), pool=2))
         watch.lost()
         follower = Follower(watch.watch())
-        last = (await follower.read(5))[3:]
-        assert [(each.pool, each.events) for each in last] == [(0, [Cleared()]), (2, [Cleared()])]
-        waiting = asyncio.create_task(follower.read(6))
+        last = (await follower.read(3))[2:]
+        assert [each.events for each in last] == [[Cleared()]] and not follower.live
+        waiting = asyncio.create_task(follower.read(4))
         await asyncio.sleep(0)
         watch.end(Unavailable("it is over"))
         with pytest.raises(Unavailable, match="it is over"):
             await waiting
         with pytest.raises(Unavailable):
-            await Follower(watch.watch(5), 5).read(6)
+            await Follower(watch.watch(3), 3).read(4)
 
     asyncio.run(run())
 
@@ -283,24 +322,24 @@ def test_what_an_engine_caches_can_be_followed(folder: Path, in_process: bool, m
         async with AsyncEngine(config(folder, cache_events=True), in_process=in_process) as engine:
             follower = Follower(engine.watch_cache())
             first = await serve(engine, range(5, 55))
-            await follower.counts(3)
+            await follower.until(3)
             await serve(engine, range(60, 100), salt="somebody")
             second = await serve(engine, [*first[:40], *range(100, 140)])
-            await follower.counts(6)
-            known = sorted(texts(follower.live[0]).values(), key=lambda tokens: (len(tokens), tokens))
+            await follower.until(6)
+            known = sorted(texts(follower.live).values(), key=lambda tokens: (len(tokens), tokens))
             expected = [tokens[:end] for tokens in (first, second) for end in range(16, len(tokens), 16)]
             assert known == sorted(map(list, set(map(tuple, expected))), key=lambda tokens: (len(tokens), tokens))
             await engine.drop_cached()
-            await follower.counts(0)
+            await follower.until(0)
             last = follower.number
             await serve(engine, range(5, 55))
             late = Follower(engine.watch_cache(last), last)
             await late.read(last + 1)
-            assert late.snapshots == 0 and len(late.live[0]) == 3
+            assert late.snapshots == 0 and len(late.live) == 3
             stats = engine.stats()
             assert (stats.waiting_uncached_tokens, stats.blocks_used) == (0, 0)
         with pytest.raises(Unavailable):
-            await follower.read(10_000)
+            await follower.read(follower.number + 10_000)
 
     asyncio.run(run())
 
@@ -316,15 +355,15 @@ def test_an_engine_that_starts_again_has_nothing_cached(folder: Path) -> None:
         async with AsyncEngine(config(folder, cache_events=True), link=SupervisedLink(make, restarts=1)) as engine:
             follower = Follower(engine.watch_cache())
             await serve(engine, range(5, 55))
-            await follower.counts(3)
+            await follower.until(3)
             assert links[0].pid is not None
             os.kill(links[0].pid, signal.SIGKILL)
-            await follower.counts(0)
+            await follower.until(0)
             while engine.health().state != "ready":
                 await asyncio.sleep(0.05)
             await serve(engine, range(5, 55))
-            await follower.counts(3)
-            assert follower.snapshots == 0
+            await follower.until(3)
+            assert follower.snapshots == 1, "the first, of a cache without blocks"
 
     asyncio.run(run())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import dataclasses
 import signal
 import socket
 import sys
@@ -149,7 +149,8 @@ def test_our_own_flags_are_checked(arguments: list[str], words: str) -> None:
         (["--grpc-port", "1"], "--grpc-port"),
         (["--tool-call-parser", "hermes"], "--tool-call-parser"),
         (["--api-key", "k"], "leave out --api-key"),
-        (["--workers", "2", "--record", "calls"], "--record is of one engine"),
+        (["--record", "calls"], "--record is of one engine"),
+        (["--explain-parallel"], "--explain-parallel serves nothing"),
         (["--ssl-keyfile", "k", "--ssl-certfile", "c"], "TLS"),
     ],
 )
@@ -166,7 +167,7 @@ def test_a_key_from_the_environment_is_refused_too() -> None:
 
 def test_a_gateway_that_everybody_reaches_has_a_key_or_is_meant_to_have_none() -> None:
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 is public: add -- --api-key KEY"):
-        parse("--host", "0.0.0.0", "--", "--max-payload-size", "9")
+        parse("--host", "0.0.0.0", "--", "--request-id-headers", "x-api-key")
     for guard in (["--", "--api-key", "k"], ["--", "--api-key=k"], ["--", "--tenant-api-key", "a:k"], ["--insecure"]):
         assert parse("--host", "0.0.0.0", *guard).host == "0.0.0.0"
 
@@ -282,6 +283,42 @@ def test_the_gateway_starts_behind_all_engines_and_a_signal_ends_everything(tmp_
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert running(it, work) == 0
+
+
+def test_a_closed_terminal_is_a_signal_too_and_a_second_one_waits_for_nobody(tmp_path: Path) -> None:
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + ENGINE
+    it = toys(tmp_path, engine_code=deaf)
+    it = dataclasses.replace(it, grace=300.0)
+
+    async def work() -> None:
+        await it.until("gateway", 1)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert running(it, work) == 0
+
+
+def test_an_engine_that_cannot_be_started_for_once_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = toys(tmp_path)
+    create, failed = asyncio.create_subprocess_exec, []
+
+    async def once_not(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        if not failed:
+            failed.append(command)
+            raise BlockingIOError("no process is left")
+        return await create(*command, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", once_not)
+
+    async def work() -> None:
+        await it.until("gateway", 1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert running(it, work) == 0
+    assert len(failed) == 1 and len(it.started("engine")) == 1
 
 
 def test_an_engine_that_dies_is_started_again(tmp_path: Path) -> None:

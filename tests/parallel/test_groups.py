@@ -15,21 +15,23 @@ from tokenspeed.parallel.symmetric import SymmetricMemory
 
 
 class Ending:
-    def __init__(self, hangs: bool) -> None:
+    def __init__(self, how: str) -> None:
         self.aborted = threading.Event()
-        self._hangs = hangs
+        self._how = how
 
     def abort(self) -> None:
         self.aborted.set()
-        if self._hangs:
+        if self._how == "fails":
+            raise RuntimeError("it was broken")
+        if self._how == "hangs":
             threading.Event().wait()
 
 
 def test_a_group_that_does_not_end_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "LEAVE_SECONDS", 0.05)
-    made: list[Any] = [Ending(hangs=False), Ending(hangs=True)]
+    made: list[Any] = [Ending("fails"), Ending("ends"), Ending("hangs")]
     several = Groups(lambda name, ranks: made[len(ranks) - 1])
-    assert several.of((0,)) is made[0] and several.of((0, 1)) is made[1]
+    assert [several.of(tuple(range(size))) for size in (1, 2, 3)] == made
     several.leave()
     assert all(each.aborted.is_set() for each in made)
 

@@ -262,8 +262,8 @@ cdef class Scheduler:
         cdef Counters now = self.idle().counters()
         return Stats(now.running, now.waiting, now.draining, now.blocks_free, now.blocks_cached, now.blocks_used,
                      now.host_blocks_used, now.copies_in_flight, now.sessions_resident, now.sessions_waiting,
-                     now.waiting_uncached_tokens, now.preemptions, now.prompt_tokens, now.cached_prompt_tokens, now.generated_tokens,
-                     now.blocks_offloaded, now.blocks_loaded)
+                     now.waiting_uncached_tokens, now.preemptions, now.prompt_tokens, now.cached_prompt_tokens,
+                     now.generated_tokens, now.blocks_offloaded, now.blocks_loaded)
 
     def check(self):
         cdef optional[string] broken = self.idle().check()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import msgspec
 
@@ -40,7 +40,7 @@ class Removed(msgspec.Struct, tag="removed", frozen=True, gc=False):
 
 
 class Cleared(msgspec.Struct, tag="cleared", frozen=True, gc=False):
-    """No block of this pool can be found any more."""
+    """No block can be found any more."""
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -52,15 +52,14 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class CacheBatch(msgspec.Struct, frozen=True):
-    """What became of the blocks of one pool. `number`s follow each other from 1 on, over all pools; `timestamp` is when
-    it was heard, in seconds since 1970.
+    """What became of blocks. `number`s follow each other; `timestamp` is when it was heard, in seconds since 1970.
 
+    They begin at the microseconds since 1970, so that who followed an engine that is gone is not taken to follow this.
     `snapshot` is set where this is a part of the state, as of the number of its last chunk, and what was known before
-    is void: the first chunk of each pool begins with `Cleared`, then come all its blocks, parents before children.
+    is void: the first chunk begins with `Cleared`, then come all blocks, parents before children.
     """
 
     number: int
-    pool: int
     timestamp: float
     events: Sequence[Stored | Removed | Cleared]
     snapshot: Chunk | None = None
@@ -69,62 +68,84 @@ class CacheBatch(msgspec.Struct, frozen=True):
 class CacheWatch:
     """Hears the engine's `CacheEvents`; `watch` tells them. Off, it neither hears nor tells anything.
 
+    Nobody chooses the pool that a request goes to, so a block is cached as long as any pool has it. Numbers go on from
+    `numbers_from`, by default the microseconds since 1970.
     Belongs to one event loop. `history` is how many events are remembered at most, the last batch whatever it has.
     """
 
     def __init__(
-        self, block_size: int, *, on: bool, history: int = HISTORY_EVENTS, clock: Callable[[], float] = time.time
+        self,
+        block_size: int,
+        *,
+        on: bool,
+        history: int = HISTORY_EVENTS,
+        clock: Callable[[], float] = time.time,
+        numbers_from: int | None = None,
     ) -> None:
         self._block_bytes = 4 * block_size
         self._on = on
         self._most = history
         self._clock = clock
-        self._live: dict[int, dict[int, Stored]] = {0: {}}  # of each pool, by hash
+        self._live: dict[int, Stored] = {}  # by hash, parents mostly before children
+        self._held: dict[int, set[int]] = {}  # the hashes of each pool's own
         self._batches: dict[int, CacheBatch] = {}
-        self._oldest = 1
-        self._number = 0
+        self._number = int(clock() * 1e6) if numbers_from is None else numbers_from
+        self._oldest = self._number + 1
         self._num_events = 0
         self._news = asyncio.Event()
         self._over: RequestError | None = None
-        self._add(0, [Cleared()])
+        self._add([Cleared()])
 
     # What is heard -------------------------------------------------------------------------------
 
     def hear(self, heard: CacheEvents) -> None:
         """The engine has said what became of its blocks."""
-        live = self._live.setdefault(heard.pool, {})
+        held = self._held.setdefault(heard.pool, set())
         events: list[Stored | Removed | Cleared] = []
         at = 0
         for name, parent, change, chained in heard.entries():
             if change == CacheChange.STORED:
                 tokens = heard.token_ids[at : at + self._block_bytes]
                 at += self._block_bytes
-                live[name] = block = Stored(name, parent if chained else None, tokens)
-                events.append(block)
+                held.add(name)
+                if name not in self._live:
+                    self._live[name] = block = Stored(name, parent if chained else None, tokens)
+                    events.append(block)
             elif change == CacheChange.REMOVED:
-                del live[name]
-                events.append(Removed(name))
+                held.remove(name)
+                events += self._gone([name])
             else:
-                live.clear()
-                events.append(Cleared())
+                gone = list(held)
+                held.clear()
+                events += self._gone(gone) if any(self._held.values()) else self._cleared()
         # No batch has more events than a chunk has blocks: so a snapshot never has more chunks than there are numbers.
         for first in range(0, len(events), CHUNK_EVENTS):
-            self._add(heard.pool, events[first : first + CHUNK_EVENTS])
+            self._add(events[first : first + CHUNK_EVENTS])
 
     def lost(self) -> None:
         """The engine is gone, and with it its cache."""
-        for pool, live in self._live.items():
-            live.clear()
-            self._add(pool, [Cleared()])
+        self._held.clear()
+        self._add(self._cleared())
+
+    def _gone(self, names: Iterable[int]) -> list[Stored | Removed | Cleared]:
+        """A pool has these no more: those that no other one has are removed."""
+        gone = [name for name in names if not any(name in held for held in self._held.values())]
+        for name in gone:
+            del self._live[name]
+        return [Removed(name) for name in gone]
+
+    def _cleared(self) -> list[Stored | Removed | Cleared]:
+        self._live.clear()
+        return [Cleared()]
 
     def end(self, error: RequestError) -> None:
         """Nothing will be heard any more: who watches gets this once everything was told."""
         self._over = error
         self._wake()
 
-    def _add(self, pool: int, events: Sequence[Stored | Removed | Cleared]) -> None:
+    def _add(self, events: Sequence[Stored | Removed | Cleared]) -> None:
         self._number += 1
-        self._batches[self._number] = CacheBatch(self._number, pool, self._clock(), events)
+        self._batches[self._number] = CacheBatch(self._number, self._clock(), events)
         self._num_events += len(events)
         while self._num_events > self._most and self._oldest < self._number:
             self._num_events -= len(self._batches.pop(self._oldest).events)
@@ -158,17 +179,15 @@ class CacheWatch:
                     yield chunk
 
     def _snapshot(self) -> list[CacheBatch]:
-        parts: list[tuple[int, list[Stored | Removed | Cleared]]] = []
-        for pool, live in self._live.items():
-            blocks = _parents_first(live)
-            for first in range(0, max(len(blocks), 1), CHUNK_EVENTS):
-                cleared = [Cleared()] if first == 0 else []
-                parts.append((pool, [*cleared, *blocks[first : first + CHUNK_EVENTS]]))
-        num_blocks = sum(len(live) for live in self._live.values())
+        blocks = _parents_first(self._live)
+        parts: list[list[Stored | Removed | Cleared]] = [
+            [*blocks[first : first + CHUNK_EVENTS]] for first in range(0, max(len(blocks), 1), CHUNK_EVENTS)
+        ]
+        parts[0].insert(0, Cleared())
         now, before = self._clock(), self._number - len(parts)
         return [
-            CacheBatch(before + index + 1, pool, now, events, Chunk(index, len(parts), num_blocks))
-            for index, (pool, events) in enumerate(parts)
+            CacheBatch(before + index + 1, now, events, Chunk(index, len(parts), len(blocks)))
+            for index, events in enumerate(parts)
         ]
 
 

@@ -69,9 +69,8 @@ class StepLoop:
     """Drives one control plane and one executor. `overlap` is how many steps may be in flight while planning.
 
     `publish` is called once a step with everything that the step gave, and then `tell_cache`, which is also called when
-    cached blocks were dropped. `tps_floor` is what streams are to keep that
-    name none of their own. `debug` recounts the control
-    plane's state after every commit and stops the engine at the first inconsistency.
+    cached blocks were dropped. `tps_floor` is what streams are to keep that name none of their own. `debug` recounts
+    the control plane's state after every commit and stops the engine at the first inconsistency.
     """
 
     def __init__(

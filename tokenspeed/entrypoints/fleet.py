@@ -10,8 +10,10 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
+import itertools
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +35,7 @@ MAX_RESTARTS = 5
 RESTART_WINDOW = 600.0
 POLICIES = ("cache_aware", "least_load", "power_of_two", "round_robin", "random")
 POLL_SECONDS = 0.2
+DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+", re.ASCII)
 GATEWAY_SETTLES = 10.0
 """Seconds that the gateway takes for its own end besides those that running requests get."""
 
@@ -81,6 +84,8 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"tokenspeed: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     configure_logging("info", "text", role="fleet")
     return asyncio.run(_Running(fleet).serve())
 
@@ -125,9 +130,11 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Fleet:
             "the gateway sends engines no key and speaks no TLS with them: leave out --api-key (TOKENSPEED_API_KEY) "
             "and --ssl-certfile; the gateway's own flags follow a --"
         )
-    if config.engine.record is not None and named.workers > 1:
-        raise ConfigError("--record is of one engine: several would write the same file")
-    guarded = any(part.partition("=")[0].endswith("-api-key") for part in theirs)
+    if config.engine.record is not None:
+        raise ConfigError("--record is of one engine that is never started again: its file must be new")
+    if config.explain_parallel:
+        raise ConfigError(f"--explain-parallel serves nothing: python -m {GRPC.module} --explain-parallel …")
+    guarded = any(part.partition("=")[0] in ("--api-key", "--tenant-api-key") for part in theirs)
     if not (guarded or config.insecure or is_loopback(named.host)):
         raise ConfigError(f"--host {named.host} is public: add -- --api-key KEY, or --insecure to serve everybody")
     ranks = named.workers * config.engine.parallel.world
@@ -147,11 +154,13 @@ def _devices(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The GPUs of this process, by the names that CUDA_VISIBLE_DEVICES has for them."""
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return tuple(part.strip() for part in named.split(",") if part.strip())
+        names = [part.strip() for part in named.split(",")]
+        return tuple(itertools.takewhile(lambda name: DEVICE.fullmatch(name) is not None, names))  # as CUDA reads it
     if shutil.which("nvidia-smi") is None:
         return ()
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return tuple(str(number) for number in range(len(listed.stdout.splitlines()))) if listed.returncode == 0 else ()
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # not the slices of one
+    return tuple(map(str, range(len(gpus)))) if listed.returncode == 0 else ()
 
 
 class _Running:
@@ -167,8 +176,8 @@ class _Running:
     async def serve(self) -> int:
         """Start, watch, stop; the exit status."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop.set)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._told_to_stop)
         watching = [asyncio.create_task(self._engine(number)) for number in range(self._fleet.workers)]
         try:
             await self._until(self._healthy())
@@ -186,6 +195,14 @@ class _Running:
             await self._end()
             await asyncio.gather(*watching)
         return EXIT_FAILED if self._failed else 0
+
+    def _told_to_stop(self) -> None:
+        """Once: programs get their time to end. Once more: none."""
+        if self._stop.is_set():
+            for process in (self._gateway, *self._engines.values()):
+                if process is not None and process.returncode is None:
+                    process.kill()
+        self._stop.set()
 
     def _fail(self) -> None:
         self._failed = True
@@ -205,13 +222,12 @@ class _Running:
         """Keep one engine running. One that ends again and again, or that cannot work as asked, ends everything."""
         ends: list[float] = []
         while not self._stop.is_set():
-            command, environment = self._fleet.engine(number)
-            process = self._engines[number] = await asyncio.create_subprocess_exec(
-                *command, env=os.environ | environment, start_new_session=True
-            )
-            if self._stop.is_set():  # since we began to start it: `_end` may have looked before it was there
-                process.terminate()
-            status = await process.wait()
+            try:
+                status = await self._one_engine(number)
+            except OSError as error:
+                log.error("engine %d cannot be started: %s", number, error)
+                status = EXIT_FAILED
+                await asyncio.sleep(POLL_SECONDS)
             if self._stop.is_set():
                 return
             ends = [at for at in ends if time.monotonic() - at < RESTART_WINDOW] + [time.monotonic()]
@@ -220,6 +236,16 @@ class _Running:
                 self._fail()
                 return
             log.error("engine %d ended with status %d and is started again", number, status)
+
+    async def _one_engine(self, number: int) -> int:
+        """Start an engine and wait for its end; its exit status. Raises `OSError` when it cannot be started."""
+        command, environment = self._fleet.engine(number)
+        process = self._engines[number] = await asyncio.create_subprocess_exec(
+            *command, env=os.environ | environment, start_new_session=True
+        )
+        if self._stop.is_set():  # since we began to start it: `_end` may have looked before it was there
+            await _terminate([process], self._fleet.grace + GATEWAY_SETTLES)
+        return await process.wait()
 
     async def _healthy(self) -> None:
         """Returns when every engine serves."""

@@ -111,7 +111,10 @@ class Groups:
 
 def _abort(groups: Sequence[Group]) -> None:
     for group in groups:
-        group.abort()
+        try:
+            group.abort()
+        except RuntimeError as error:  # whatever a backend has to say, nobody needs this group any more
+            log.warning("a group of ranks did not end as it should: %s", error)
 
 
 def finished(work: Work | None) -> None:

@@ -15,9 +15,7 @@ def batch_message(batch: CacheBatch, block_size: int) -> common.KvEventBatch:
     Events bear the batch's number; those of a snapshot, which nobody published, bear 0.
     """
     event_id = batch.number if batch.snapshot is None else 0
-    message = common.KvEventBatch(
-        sequence_number=batch.number, timestamp=batch.timestamp, dp_rank=batch.pool
-    )
+    message = common.KvEventBatch(sequence_number=batch.number, timestamp=batch.timestamp)
     if batch.snapshot is not None:
         message.snapshot.index = batch.snapshot.index
         message.snapshot.count = batch.snapshot.count
