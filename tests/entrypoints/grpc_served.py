@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ async def one(call: Any) -> pb.GenerateResponse:
 async def refused(call: Any) -> grpc.aio.AioRpcError:
     """How a call ends that is refused."""
     try:
-        await read(call) if hasattr(call, "__aiter__") else await call
+        await (read(call) if isinstance(call, AsyncIterable) else call)
     except grpc.aio.AioRpcError as error:
         return error
     raise AssertionError("it was not refused")

@@ -269,7 +269,7 @@ def test_a_wrong_port_is_named_as_it_was_given() -> None:
     ("arguments", "told"),
     [
         ([], False),
-        (["--cache-events"], True),
+        (["--grpc-port", "0", "--cache-events"], True),
         (["--grpc-port", "0"], True),
         (["--grpc-port", "0", "--no-cache-events"], False),
         (["--grpc-port", "0", "--no-enable-prefix-caching"], False),
@@ -277,6 +277,11 @@ def test_a_wrong_port_is_named_as_it_was_given() -> None:
 )
 def test_what_is_cached_is_told_where_a_gateway_may_ask(arguments: list[str], told: bool) -> None:
     assert parse(*arguments).engine.cache_events is told
+
+
+def test_what_is_cached_cannot_be_told_where_nobody_can_ask() -> None:
+    with pytest.raises(ConfigError, match="--cache-events is told over gRPC: give --grpc-port"):
+        parse("--cache-events")
 
 
 def test_the_program_for_gateways_tells_it_unless_nothing_is_cached() -> None:

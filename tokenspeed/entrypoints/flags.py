@@ -222,6 +222,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"--engine-silence must be 0 or between 2 and 86400 seconds, got {self.engine_silence:g}"
             )
         self._check_ports()
+        if self.engine.cache_events and self.grpc_port is None:
+            raise ConfigError("--cache-events is told over gRPC: give --grpc-port")
         if not 0 <= self.shutdown_grace <= 86400:
             raise ConfigError(f"--shutdown-grace must be between 0 and 86400 seconds, got {self.shutdown_grace:g}")
         for flag, keys in (("--api-key", self.api_keys), ("--admin-api-key", self.admin_api_keys)):
