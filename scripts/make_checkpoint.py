@@ -59,13 +59,13 @@ TINY_LATENT: dict[str, Any] = TINY | {
 TINY_GROUPS = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "q_lora_rank": 48}
 
 
-def yarn(factor: float, original: int, mscale: float) -> dict[str, object]:
+def yarn(factor: float, original: int, mscale: float, beta_fast: int = 32) -> dict[str, object]:
     """DeepSeek's way to longer contexts."""
     return {
         "type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": original,
-        "beta_fast": 32,
+        "beta_fast": beta_fast,
         "beta_slow": 1,
         "mscale": mscale,
         "mscale_all_dim": mscale,
@@ -122,6 +122,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
         "rope_scaling": yarn(40, 4096, 1.0),
+    },
+    # Kimi K2, 1,026 B parameters; 2.1 TB in bfloat16, of which --layers takes a slice: a layer of experts has 34.1 GB,
+    # embedding, head and the dense layer 5.7. 13 layers are 104 GB on each of four ranks that cut attention and 111
+    # where it has own tokens, beside 24 and 6 GB of latents of 32 rows × 50,000: four GPUs of 141 GB. Of 80 GB: 7.
+    "k2": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "vocab_size": 163840,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "max_position_embeddings": 131072,
+        "rope_theta": 50000.0,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 384,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.827,
+        "rope_scaling": yarn(32, 4096, 1.0, beta_fast=1),
     },
     "llama-8b": {
         "architectures": ["LlamaForCausalLM"],

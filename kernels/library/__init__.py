@@ -35,7 +35,7 @@ def implementations() -> tuple[Implementation, ...]:
     hopper = (On("nvidia", arch="sm90"),)
     experts = Implementation(
         "moe_experts", "library", lazy("tokenspeed.kernels.library.moe_experts:bind"), hopper,
-        frozenset((torch.bfloat16,)), {"hidden_size": Multiple(of=64), "intermediate_size": Multiple(of=64)},
+        frozenset((torch.bfloat16,)), {"hidden_size": Multiple(of=64), "intermediate_size": Multiple(of=32)},
         priority=20, unavailable=_no_triton,
     )  # fmt: skip
     prefill = Implementation(

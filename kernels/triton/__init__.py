@@ -17,6 +17,8 @@ from tokenspeed.kernels.registry import Implementation, Multiple, On, OneOf, laz
 _HALF = frozenset((torch.bfloat16, torch.float16))
 _FLOATS = _HALF | {torch.float32}
 _POWERS = OneOf(frozenset(1 << n for n in range(4, 10)))
+# V2L's experts of 1,408 over four ranks are 352 wide, which 64 does not divide.
+_EXPERTS: dict[str, OneOf | Multiple] = {"hidden_size": Multiple(of=64), "intermediate_size": Multiple(of=32)}
 _LATENT: dict[str, OneOf | Multiple] = dict.fromkeys(("kv_lora_rank", "rope_dim", "nope_dim", "v_dim"), _POWERS)
 
 
@@ -47,10 +49,10 @@ def implementations() -> tuple[Implementation, ...]:
         _gpu("mla_decode", kv_lora_rank=_POWERS, rope_dim=_POWERS, block_size=Multiple(of=16)),
         _gpu("mla_prefill", kv_lora_rank=_POWERS, rope_dim=_POWERS, block_size=Multiple(of=16)),
         _gpu("mla_block_decode", _HALF, **_LATENT, block_size=Multiple(of=16)),
-        _gpu("moe_block_decode", hidden_size=Multiple(of=64), intermediate_size=Multiple(of=64)),
+        _gpu("moe_block_decode", _HALF, **_EXPERTS),
         _gpu("moe_route", _FLOATS),
         _gpu("quantise", _FLOATS, block=OneOf(frozenset(1 << n for n in range(4, 11)))),
-        _gpu("moe_experts", hidden_size=Multiple(of=64), intermediate_size=Multiple(of=64)),
+        _gpu("moe_experts", _HALF, **_EXPERTS),
     )
     if os.environ.get("TRITON_INTERPRET") != "1":
         return gpu

@@ -2,8 +2,9 @@
 
 Few tokens: one program reads some weight rows of one expert for one token with plain vector products, so
 that exactly the experts used are read, at the rate of memory. More tokens: an expert's tokens are listed
-on the device, and a program multiplies 64 weight rows with a tile of them on the tensor cores, the
-operands swapped (weights · xᵀ) since 64 rows fill a tile where 16 tokens would not. Sizes that the host
+on the device, and a program multiplies 64 weight rows (32 where experts were cut to a width that 64 does
+not divide) with a tile of them on the tensor cores, the operands swapped (weights · xᵀ) since 64 rows
+fill a tile where 16 tokens would not. Sizes that the host
 does not know (tokens of an expert) are loops on the device; a slot of id −1 reads and adds nothing.
 
 The last `num_shared` slots of a token hold the last `num_shared` experts: their weights are requested
@@ -329,11 +330,11 @@ class MoeExperts:
         room = shared_memory(device) // x.element_size()
         warps = 4 if tile <= 64 else 8
         hidden = torch.empty(tokens * slots, inner, dtype=x.dtype, device=device)
-        block_k = _power_of_2_in(size, 128)
-        _up_grouped[units * (inner // 64),](
-            x, gate_up, _rows_tma(gate_up, block_k, config), ids, pairs, counts, hidden, tokens, x.stride(0),
-            BLOCK_I=64, BLOCK_K=block_k, STAGES=min(stages, room // (block_k * (2 * 64 + tile))), num_warps=warps,
-            **shape, **common, **launch,
+        block_i, block_k = math.gcd(inner, 64), _power_of_2_in(size, 128)
+        _up_grouped[units * (inner // block_i),](
+            x, gate_up, _rows_tma(gate_up, block_k, config, block_i), ids, pairs, counts, hidden, tokens, x.stride(0),
+            BLOCK_I=block_i, BLOCK_K=block_k, STAGES=min(stages, room // (block_k * (2 * block_i + tile))),
+            num_warps=warps, **shape, **common, **launch,
         )  # fmt: skip
         # float32 while it is small; for a long prefill half of the memory is worth the second rounding.
         kind = torch.float32 if tokens <= 256 else x.dtype
@@ -358,7 +359,7 @@ def _launch(config: Config) -> dict[str, Any]:
     return {"launch_pdl": True} if config.dependent else {}
 
 
-def _rows_tma(weight: Tensor, block_k: int, config: Config, rows: int = 64) -> Any:
+def _rows_tma(weight: Tensor, block_k: int, config: Config, rows: int) -> Any:
     """A copy descriptor of [rows, block_k] tiles over the rows of all experts."""
     if not config.tma:
         return weight

@@ -70,6 +70,7 @@ def test_transformers_reads_a_tiny_checkpoint_and_agrees(tmp_path: Path, preset:
     [
         ("v2l", 15_706_484_224),
         ("v3", 671_026_419_200),
+        ("k2", 1_026_408_232_448),
         ("llama-8b", 8_030_261_248),
         ("qwen3-30b-a3b", 30_532_122_624),
     ],
@@ -82,7 +83,9 @@ def test_a_preset_has_as_many_parameters_as_the_model_it_is_named_after(
     assert sum(math.prod(shape) for shape in tensors.values()) == parameters
     shards = list(make.in_shards(tensors, 2, 2 << 30))
     assert [name for shard in shards for name in shard] == list(tensors)
-    assert all(sum(2 * math.prod(shape) for shape in shard.values()) <= 2 << 30 for shard in shards)
+    # K2's embedding is larger than a shard, and has one to itself.
+    sizes = [sum(2 * math.prod(shape) for shape in shard.values()) for shard in shards]
+    assert all(size <= 2 << 30 or len(shard) == 1 for size, shard in zip(sizes, shards, strict=True))
 
 
 def test_a_seed_gives_the_same_weights_and_another_others(tmp_path: Path) -> None:
