@@ -9,6 +9,7 @@
 #   start    V2L's shape from a checkpoint of 31 GB: the first start and a second one; needs 35 GB of disk
 #   ranks    (asked for by name, 2 GPUs) collectives, decode steps of V2L's shape over ranks beside what is predicted, then served
 #   groups   (asked for by name, 2 GPUs) ranks that attend to requests of their own: tests, then as `ranks` with experts cut and dealt
+#   alone    (asked for by name) what one of four ranks computes, collectives left out: both shapes below in each layout
 #   agentic  first tokens of cold prompts, then turns of 1 to 12 sessions (from the same checkpoint if `start` ran)
 # Without a part: all. BANDWIDTH: bytes a second of a read-only stream on this GPU, for the limits. PROFILE=FILE: kernels, three steps and the loop's
 # thread of every decode row, into that file. Peers are as measured on an H100 80 GB.
@@ -28,6 +29,23 @@ decode() { # decode SHAPE FLAGS...
         ${PROFILE:+--profile "$PROFILE"} "${@:2}"
 }
 ranks() { "$python" -m tokenspeed.parallel "$@"; }
+layouts=("" "--moe-ep-size 4" "--attn-dp-size 4 --moe-ep-size 4") # of four ranks
+four_steps() { # four_steps FLAGS... decode steps of V2L's shape and 13 layers of Kimi K2's, 1, 8 and 32 rows in all
+    local wrong=0 shape layout rows
+    "$python" scripts/make_checkpoint.py v2l "$folder/v2l-four" --config-only
+    "$python" scripts/make_checkpoint.py k2 "$folder/k2-four" --config-only --layers 13
+    for shape in v2l k2; do
+        for layout in "${layouts[@]}"; do
+            rows="1 8 32"
+            [[ $layout == *attn-dp* ]] && rows="1 2 8" # of each group; with 1 they are 4 in all
+            echo "-- $shape --world 4 $layout"
+            # shellcheck disable=SC2086 # layout and rows are several words
+            timeout 170 "$python" -m tokenspeed.parallel decode --model "$folder/$shape-four" --world 4 $layout \
+                --batch $rows --context 1024 50000 --bandwidth "$bandwidth" "$@" || wrong=1
+        done
+    done
+    return "$wrong"
+}
 serve_layout() { # serve_layout FLAGS... decode rates of the engine, 1, 8 and 32 streams of 1,024 tokens
     "$python" -m tokenspeed.entrypoints.api --model "$folder/v2l-config" --load-format dummy --port 8399 "$@" & local server=$!
     until curl -sf http://127.0.0.1:8399/ready > /dev/null; do
@@ -146,6 +164,14 @@ if wanted groups; then
     for layout in "--world 2 --attn-dp-size 2" "--world 2 --attn-dp-size 2 --moe-ep-size 2"; do
         measured_layout "$layout" --batch 1 4 16 # rows of each group
     done
+    ((wrong == 0))
+fi
+if wanted alone; then
+    wrong=0
+    "$python" -m tokenspeed.kernels numerics moe_experts moe_block_decode --device cuda --dtype bfloat16 || wrong=1
+    four_steps --alone | tee "$folder/alone.txt" || wrong=1
+    echo "== alone: one rank of four, ALL COLLECTIVES LEFT OUT"
+    grep -E '^(--|  )' "$folder/alone.txt"
     ((wrong == 0))
 fi
 model=(--model "$folder/v2l-config" --load-format dummy)

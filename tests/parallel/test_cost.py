@@ -47,3 +47,11 @@ def test_a_step_over_two_ranks_is_its_blocks_its_norms_and_its_transfers() -> No
     # Copies of attention give whole tokens: a kernel that norms by itself takes the place of a sum.
     alone = 1e-6 + 4 * tokens * row / 1e12
     assert step[2].norms == pytest.approx(alone) and step[2].transfers == pytest.approx(2 * summed + logits)
+
+
+def test_a_rank_by_itself_norms_with_a_kernel_of_its_own_and_sends_nothing() -> None:
+    program = compile_model(decoder(mlp()), Mesh.of(2), "toy", tokens=8, hardware=MACHINE, captured=True)
+    alone = program.timing_alone(1000)
+    assert alone.modules == program.timing(1000).modules and alone.transfers == 0
+    # Three sums with a norm behind, of 8 rows of 8,192 bytes each.
+    assert alone.norms == pytest.approx(3 * (1e-6 + 4 * 8 * 8192 / 1e12))

@@ -1,5 +1,5 @@
 """How long decode steps of a model over ranks take, without an engine: random weights, a full KV cache, the body of the
-model and its logits in a graph."""
+model and its logits in a graph. Of all ranks, or of one by itself."""
 
 from __future__ import annotations
 
@@ -18,28 +18,32 @@ from tokenspeed.models.registry import build_model
 from tokenspeed.parallel.compiler import compile_model
 from tokenspeed.parallel.cost import Hardware
 from tokenspeed.parallel.measure import seconds_of
-from tokenspeed.parallel.world import World
+from tokenspeed.parallel.program import StepTime
+from tokenspeed.parallel.world import Member
 
 BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """A decode step of `rows` rows in each group of ranks that attends together, seconds."""
+    """A decode step of `rows` rows with `context` tokens each in each group of ranks that attends together: seconds
+    measured on a rank, and what is predicted of it, whole and without collectives."""
 
     rows: int
+    context: int
     measured: float
-    predicted: float
+    predicted: StepTime
+    predicted_alone: StepTime
 
 
 def decode_times(
-    world: World, config: ModelConfig, dtype: torch.dtype, rows: Sequence[int], context: int, hardware: Hardware
+    world: Member, config: ModelConfig, dtype: torch.dtype, shapes: Sequence[tuple[int, int]], hardware: Hardware
 ) -> Iterator[StepTimes]:
-    """Steps of so many rows with `context` tokens each, on this rank."""
+    """Steps of so many rows with so many tokens of context each, on this rank."""
     ctx = BuildContext.of(
         device=world.device,
         dtype=dtype,
-        max_positions=context + 1,
+        max_positions=max(context for _, context in shapes) + 1,
         block_size=BLOCK_SIZE,
         mesh=world.mesh,
         rank=world.rank,
@@ -47,25 +51,29 @@ def decode_times(
     model = build_model(config, ctx)
     fill_random(model.weights())
     over_ranks = OverRanks(model, world, config.architecture)
-    blocks = context // BLOCK_SIZE + 1
+    blocks = max(rows * _blocks(context) for rows, context in shapes)
     kv: list[LayerKV] = [
         tuple(
-            torch.randn(max(rows) * blocks, BLOCK_SIZE, *shape, device=world.device).to(dtype)
+            torch.empty(blocks, BLOCK_SIZE, *shape, dtype=dtype, device=world.device).normal_()
             for _, shape in spec.tensors
         )
         for spec in model.kv_spec
     ]
-    for number in rows:
-        tokens = number * world.mesh.size("attn_data")
-        program = compile_model(
-            model, world.mesh, config.architecture, tokens=tokens, hardware=hardware, captured=True
-        )
-        step = partial(_step, over_ranks, _inputs(number, context, blocks, world.device), kv)
-        yield StepTimes(number, seconds_of(world, step, 1), program.timing(context).total)
+    for rows, context in shapes:
+        tokens = rows * world.mesh.size("attn_data")
+        program = compile_model(model, world.mesh, config.architecture, tokens=tokens, hardware=hardware, captured=True)
+        step = partial(_step, over_ranks, _inputs(rows, context, _blocks(context), world.device), kv)
+        measured = seconds_of(world, step, 1)
+        yield StepTimes(rows, context, measured, program.timing(context), program.timing_alone(context))
 
 
 def _step(model: OverRanks, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor:
     return model.logits(model.forward(inputs, kv))
+
+
+def _blocks(context: int) -> int:
+    """Of a row: for its tokens and one more."""
+    return context // BLOCK_SIZE + 1
 
 
 def _inputs(rows: int, context: int, blocks: int, device: torch.device) -> ForwardInput:

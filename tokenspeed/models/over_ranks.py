@@ -23,7 +23,7 @@ from tokenspeed.parallel.compiler import compile_model
 from tokenspeed.parallel.cost import BOTH, KINDS
 from tokenspeed.parallel.program import Program
 from tokenspeed.parallel.steps import Select, Step, Transfer, X
-from tokenspeed.parallel.world import World
+from tokenspeed.parallel.world import Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class OverRanks:
     ranks call `forward` and `logits` in the same order.
     """
 
-    def __init__(self, model: CausalLM, world: World, name: str) -> None:
+    def __init__(self, model: CausalLM, world: Member, name: str) -> None:
         self._model, self._world, self._name = model, world, name
         self.kv_spec: list[KVSpec] = model.kv_spec
         self._groups = world.mesh.size("attn_data")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenspeed.checkpoint.config import ModelConfig, read_model_config
 from tokenspeed.checkpoint.source import resolve
 from tokenspeed.errors import ConfigError
 from tokenspeed.models.explain import CONTEXT, DTYPES, PROMPT_TOKENS, Question, compared, explained
-from tokenspeed.parallel.cost import BOTH, KINDS, hardware
+from tokenspeed.parallel.cost import BOTH, KINDS, Hardware, hardware
+from tokenspeed.parallel.explain import described
 from tokenspeed.parallel.mesh import ARGUMENTS, FLAGS, Mesh
 
 
@@ -35,28 +37,46 @@ def _lines(asked: argparse.Namespace) -> Iterator[str]:
     # A folder with nothing but config.json is enough; so is a checkpoint.
     config = read_model_config(resolve(asked.model, "dummy"))
     machine = hardware(asked.links, asked.ranks_per_machine, asked.bandwidth)
+    if asked.command != "compare":
+        mesh = Mesh.of(asked.world, **{argument: getattr(asked, argument) for argument in ARGUMENTS.values()})
+    if asked.command == "decode":
+        yield from _decoded(config, mesh, asked, machine)
+        return
     question = Question(asked.batch, asked.context, asked.prompt_tokens, asked.dtype, machine)
     if asked.command == "compare":
         yield from compared(config, asked.world, question)
-        return
-    sizes = {argument: getattr(asked, argument) for argument in ARGUMENTS.values()}
-    mesh = Mesh.of(asked.world, **sizes)
-    yield from explained(config, mesh, question) if asked.command == "explain" else _decoded(config, mesh, asked)
+    else:
+        yield from explained(config, mesh, question)
 
 
-def _decoded(config: ModelConfig, mesh: Mesh, asked: argparse.Namespace) -> Iterator[str]:
+def _decoded(config: ModelConfig, mesh: Mesh, asked: argparse.Namespace, machine: Hardware) -> Iterator[str]:
     # The other commands have no use for torch.distributed.
-    from tokenspeed.models.decode_times import decode_times  # noqa: PLC0415
+    from tokenspeed.models.decode_times import StepTimes, decode_times  # noqa: PLC0415
+    from tokenspeed.parallel.alone import run_alone  # noqa: PLC0415
     from tokenspeed.parallel.measure import started  # noqa: PLC0415
 
-    machine = hardware(asked.links, asked.ranks_per_machine, asked.bandwidth)
-    given = (config, DTYPES[asked.dtype], asked.batch, asked.context, machine)
+    shapes = [(rows, context) for context, rows in itertools.product(asked.context, asked.batch)]
+    given = (config, DTYPES[asked.dtype], shapes, machine)
     yield f"{config.architecture} over {mesh}"
-    yield f"decode with {asked.context:,} tokens of context, the model's body and logits in a graph, random weights:"
-    yield "  rows a group   measured ms   predicted ms"
-    for times in started(mesh, asked.device, decode_times, *given):
-        measured = max(each.measured for each in times)
-        yield f"  {times[0].rows:>12}  {measured * 1e3:>12.3f}  {times[0].predicted * 1e3:>13.3f}"
+    yield described(machine, mesh)
+    yield "decode steps, the model's body and logits in a graph, random weights:"
+    if not asked.alone:
+        yield "  context   rows a group   measured ms   predicted ms"
+        ranks: Iterable[list[StepTimes]] = started(mesh, asked.device, decode_times, *given)
+        for times in ranks:
+            one, measured = times[0], max(each.measured for each in times)
+            yield f"  {one.context:>7,}  {one.rows:>12}  {measured * 1e3:>12.3f}  {one.predicted.total * 1e3:>13.3f}"
+        return
+    yield f"RANK 0 OF {mesh.world} ALONE, ALL COLLECTIVES LEFT OUT: results mean nothing, and no step of {mesh.world}"
+    yield "ranks is measured, but what one of them computes. What is left out is predicted in the last column."
+    yield "  context   rows a group   alone: measured ms   predicted ms   measured / predicted   left out, predicted ms"
+    alone: Iterable[StepTimes] = run_alone(mesh, asked.device, decode_times, *given)
+    for each in alone:
+        computed = each.predicted_alone.total
+        yield (
+            f"  {each.context:>7,}  {each.rows:>12}  {each.measured * 1e3:>18.3f}  {computed * 1e3:>13.3f}"
+            f"  {each.measured / computed:>20.2f}  {(each.predicted.total - computed) * 1e3:>22.3f}"
+        )
 
 
 def _measured(asked: argparse.Namespace) -> Iterator[str]:
@@ -84,14 +104,20 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--model", required=True, help="folder with a config.json, .gguf file or hub name")
         command.add_argument("--world", type=_positive, required=True, help="ranks, a GPU each")
         command.add_argument("--batch", type=_positive, nargs="+", default=[1, 8, 32, 128], help="rows of decode steps")
-        command.add_argument("--context", type=_positive, default=CONTEXT, help="tokens that each row has already")
-        command.add_argument("--prompt-tokens", type=_positive, default=PROMPT_TOKENS, help="of a step of prompts")
         command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
         command.add_argument("--links", default=BOTH, help=f"{', '.join(KINDS)}, or a file that `measure` wrote")
         command.add_argument(
             "--bandwidth", type=_rate, metavar="BYTES", help="a second of a read-only stream, if not as in --links"
         )
         command.add_argument("--ranks-per-machine", type=_positive, default=8)
+    had = "tokens that each row has already"
+    for command in (explain, compare):
+        command.add_argument("--context", type=_positive, default=CONTEXT, help=had)
+        command.add_argument("--prompt-tokens", type=_positive, default=PROMPT_TOKENS, help="of a step of prompts")
+    decode.add_argument("--context", type=_positive, nargs="+", default=[CONTEXT], help=f"{had}, one after the other")
+    decode.add_argument(
+        "--alone", action="store_true", help="one of the ranks, on one GPU: what it computes, collectives left out"
+    )
     measure = commands.add_parser("measure", help="check and time the collectives between processes of this machine")
     measure.add_argument("--world", type=_positive, default=2, help="ranks, a GPU each")
     for command in (measure, decode):

@@ -224,7 +224,8 @@ class _Compiler:
             first, stop = last.step.first, last.step.stop
             before = goal.layout.with_letter(first, stop, AllReduce.before)
             reduced = self._hardware.reduced_seconds(last.step, before, self._mesh, tokens, row_bytes)
-            return (*moved[:-1], Planned(AllReduceNorm(goal.norm.path, first, stop), last.sent, reduced + fused))
+            step = AllReduceNorm(goal.norm.path, first, stop)
+            return (*moved[:-1], Planned(step, last.sent, reduced + fused, kept=alone))
         return (*moved, Planned(Norm(goal.norm.path), 0, alone))
 
     def _move(

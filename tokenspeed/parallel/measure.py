@@ -26,7 +26,7 @@ from tokenspeed.parallel.collectives import ReducedNorm
 from tokenspeed.parallel.cost import SHARED_BYTES, Link, Measured
 from tokenspeed.parallel.mesh import Mesh
 from tokenspeed.parallel.steps import AllGather, AllReduce, AllToAll, GatherFeatures, ReduceScatter, Slice, Transfer, X
-from tokenspeed.parallel.world import World
+from tokenspeed.parallel.world import Member, World
 
 HIDDEN = 2048
 SIZES = tuple(4096 << shift for shift in range(0, 14, 2))
@@ -276,7 +276,7 @@ def _sent(transfer: Transfer, size: int, num_ranks: int) -> float:
     return size * (num_ranks - 1) / num_ranks
 
 
-def seconds_of(world: World, call: Call, calls: int = CALLS) -> float:
+def seconds_of(world: Member, call: Call, calls: int = CALLS) -> float:
     """The least time of a call on this rank, the ranks having begun together; on a GPU in a graph of so many calls."""
     for _ in range(3):
         call()
@@ -304,7 +304,7 @@ def seconds_of(world: World, call: Call, calls: int = CALLS) -> float:
     return min(times)
 
 
-def _timed(world: World, call: Call, calls: int) -> float:
+def _timed(world: Member, call: Call, calls: int) -> float:
     world.least(0)
     start = time.perf_counter()
     for _ in range(calls):

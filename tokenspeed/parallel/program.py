@@ -50,6 +50,12 @@ class Program:
         modules = math.fsum(self._module_seconds(block, context) for block in self._blocks())
         return StepTime(modules, norms, math.fsum(planned.seconds for planned in self.transfers()))
 
+    def timing_alone(self, context: int) -> StepTime:
+        """The same of a rank that computes its share by itself, every collective left out."""
+        whole = self.timing(context)
+        kept = math.fsum(planned.kept for planned in self.transfers())
+        return StepTime(whole.modules, whole.norms + kept, 0.0)
+
     def _blocks(self) -> Iterator[Block]:
         for element in self.chain.elements:
             if isinstance(element, Block):

@@ -162,8 +162,10 @@ Step = Transfer | Run | Norm | AllReduceNorm | Copy | Add | Select
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A step with what it costs a rank: bytes sent, and seconds of the transfer or the norm. What a module computes
-    is not counted here (`Program.timing`)."""
+    is not counted here (`Program.timing`). `kept`: of the seconds of a transfer that norms as well, those that the norm
+    would take as a kernel of its own if nothing were sent."""
 
     step: Step
     sent: int = 0
     seconds: float = 0.0
+    kept: float = 0.0

@@ -13,7 +13,7 @@ import ipaddress
 import socket
 import time
 from collections.abc import Iterable, Sequence
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch._C import _distributed_c10d as c10d
@@ -25,6 +25,18 @@ from tokenspeed.parallel.groups import PATIENCE, Group, Groups, finished, gloo, 
 from tokenspeed.parallel.mesh import Mesh
 from tokenspeed.parallel.symmetric import SymmetricMemory
 from tokenspeed.parallel.wire import Wire
+
+
+class Member(Protocol):
+    """One rank of `mesh`, on `device`, as a model sees it: a `World`, or a rank by itself (`parallel/alone.py`)."""
+
+    mesh: Mesh
+    rank: int
+    device: torch.device
+    collectives: Collectives
+
+    def least(self, number: int) -> int:
+        """The least of what all ranks give."""
 
 
 class World:
