@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.toy import toy_llama
 from tokenspeed.bench import agentic
 from tokenspeed.bench.agentic import Level, Turn
+from tokenspeed.bench.figures import Figure
+from tokenspeed.config import Parallel
 
 
 def turn(began: float, prompt: int, cached: int, times: list[float]) -> Turn:
@@ -58,9 +61,24 @@ def test_sessions_run_and_later_turns_find_their_history(tmp_path: Path, capsys:
     parser = argparse.ArgumentParser()
     agentic.add_flags(parser)
     sizes = ("--first", "200", "--more", "10", "--output", "6", "--turns", "3", "--concurrency", "1", "2")
-    assert agentic.main(parser.parse_args(["--model", str(tmp_path), *sizes])) == 0
+    figures = tmp_path / "figures.json"
+    figures.write_text("of an earlier run\n")
+    assert agentic.main(parser.parse_args(["--model", str(tmp_path), "--json", str(figures), *sizes])) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
     assert len(rows) == 2
     for line in rows:
         hit = float(line.strip("|").split("|")[10].strip().removesuffix("%"))
         assert 80.0 < hit < 100.0
+    for line, said in zip(rows, figures.read_bytes().splitlines(), strict=True):
+        told = msgspec.json.decode(said, type=Figure)
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        assert cells[:3] == [f"{told.concurrency}", f"{told.user_tok_s:.0f}", f"{told.output_tok_s:.0f}"]
+        assert (told.layout, told.gpus) == ("-tp 1", 1)
+
+
+def test_a_layout_is_told_by_its_flags() -> None:
+    level = Level([turn(0.0, 100, 0, [1.0, 2.0])], [])
+    told = agentic.figure(3, level, Parallel(world=4, attn_dp=4, moe_ep=4))
+    assert told == Figure(
+        concurrency=3, output_tok_s=1.0, user_tok_s=1.0, layout="-tp 4 --attn-dp-size 4 --moe-ep-size 4", gpus=4
+    )

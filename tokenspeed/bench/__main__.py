@@ -1,8 +1,8 @@
 """`python -m tokenspeed.bench NAME …`: benchmark programs.
 
 `serve` measures a running server over HTTP, `control` the control plane alone, `decode` the engine without a front end,
-`agentic` sessions of agents on the engine, `front` the front end without an engine, `gateway` its gRPC door, `grammars`
-structured output.
+`agentic` sessions of agents on the engine, `pareto` what these found in several layouts as a plot, `front` the front
+end without an engine, `gateway` its gRPC door, `grammars` structured output.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tokenspeed.bench import agentic, control, decode, front, grammars, serve
+from tokenspeed.bench import agentic, control, decode, front, grammars, pareto, serve
 
 
 def main() -> int:
@@ -29,6 +29,9 @@ def main() -> int:
     agentic.add_flags(
         programs.add_parser("agentic", help="turns of agents' sessions, in a closed loop", description=agentic.__doc__)
     )
+    pareto.add_flags(
+        programs.add_parser("pareto", help="speed of a user against a GPU's, by layout", description=pareto.__doc__)
+    )
     front.add_flags(
         programs.add_parser("front", help="what the front end costs a streamed token", description=front.__doc__)
     )
@@ -44,6 +47,7 @@ def main() -> int:
         "control": control.main,
         "decode": decode.main,
         "agentic": agentic.main,
+        "pareto": pareto.main,
         "front": front.main,
         "gateway": _gateway,
         "grammars": grammars.main,

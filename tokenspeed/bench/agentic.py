@@ -19,11 +19,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from tokenspeed.config import EngineConfig
+from tokenspeed.bench.figures import Figure
+from tokenspeed.config import EngineConfig, Parallel
 from tokenspeed.engine.async_engine import AsyncEngine
+from tokenspeed.parallel.mesh import ARGUMENTS, FLAGS
 from tokenspeed.request import SamplingParams
 from tokenspeed.simulate.report import sliding_seconds
 
@@ -148,6 +152,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--floor", type=float, default=70.0, help="the rate that turns are held against in the table")
     parser.add_argument("--max-num-batched-tokens", type=positive, help="tokens of a step; the engine's default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tensor-parallel-size", "-tp", type=positive, default=1, help="ranks, as of the server")
+    for axis, argument in ARGUMENTS.items():
+        parser.add_argument(FLAGS[axis], dest=argument, type=positive, help="as of the server")
+    parser.add_argument("--json", type=Path, help="a file that gets a JSON line for each row: what `pareto` reads")
     parser.add_argument("--peer-user", type=float, nargs="*", default=[], help="a peer's tok/s a user, one for each C")
     parser.add_argument("--peer-output", type=float, nargs="*", default=[], help="a peer's output tok/s, likewise")
 
@@ -161,6 +169,7 @@ def positive(text: str) -> int:
 
 def main(options: argparse.Namespace) -> int:
     """Print one row for each number of sessions."""
+    sizes = {argument: getattr(options, argument) for argument in ARGUMENTS.values()}
     longest = options.first + options.turns * (options.more + options.output)
     config = EngineConfig(
         model=options.model,
@@ -169,7 +178,10 @@ def main(options: argparse.Namespace) -> int:
         max_model_len=longest,
         max_num_seqs=max(options.concurrency),
         max_num_batched_tokens=options.max_num_batched_tokens,
+        parallel=Parallel(world=options.tensor_parallel_size, **sizes),
     )
+    if options.json is not None:
+        options.json.write_bytes(b"")
     asyncio.run(_run(config, options))
     return 0
 
@@ -191,7 +203,24 @@ async def _run(config: EngineConfig, options: argparse.Namespace) -> None:
         for index, concurrency in enumerate(options.concurrency):
             peers = [each[index] if index < len(each) else None for each in (options.peer_user, options.peer_output)]
             for _ in range(options.repeats):
-                print(row(concurrency, await sessions.level(concurrency), options.floor, peers), flush=True)
+                level = await sessions.level(concurrency)
+                print(row(concurrency, level, options.floor, peers), flush=True)
+                if options.json is not None:
+                    with options.json.open("ab") as file:
+                        file.write(msgspec.json.encode(figure(concurrency, level, config.parallel)) + b"\n")
+
+
+def figure(concurrency: int, level: Level, parallel: Parallel) -> Figure:
+    """A row's rates, and the layout that gave them as its flags."""
+    given = {FLAGS[axis]: getattr(parallel, argument) for axis, argument in ARGUMENTS.items()}
+    flags = [f"{flag} {size}" for flag, size in given.items() if size is not None]
+    return Figure(
+        concurrency=concurrency,
+        output_tok_s=level.output_rate(),
+        user_tok_s=level.user_rate(),
+        layout=" ".join([f"-tp {parallel.world}", *flags]),
+        gpus=parallel.world,
+    )
 
 
 def row(concurrency: int, level: Level, floor: float, peers: list[float | None]) -> str:
