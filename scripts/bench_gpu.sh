@@ -9,18 +9,27 @@
 #   start    V2L's shape from a checkpoint of 31 GB: the first start and a second one; needs 35 GB of disk
 #   ranks    (asked for by name, 2 GPUs) collectives, decode steps of V2L's shape over ranks beside what is predicted, then served
 #   groups   (asked for by name, 2 GPUs) ranks that attend to requests of their own: tests, then as `ranks` with experts cut and dealt
+#   four     (asked for by name, 4 GPUs) all of the following; each by itself ends within 10 minutes
+#     four-same   tests of ranks that meet, greedy tokens in float32; collectives of four ranks
+#     four-v2l, four-k2         decode steps beside what is predicted: attention and experts cut; experts dealt; own tokens, experts dealt
+#     four-cut, four-dealt, four-own    sessions of agents, V2L's shape, in each of these
+#     four-plot   the best layout at 70, 100 and 200 tok/s a user, and a plot, of what FIGURES has
 #   alone    (asked for by name) what one of four ranks computes, collectives left out: both shapes below in each layout
 #   agentic  first tokens of cold prompts, then turns of 1 to 12 sessions (from the same checkpoint if `start` ran)
 # Without a part: all. BANDWIDTH: bytes a second of a read-only stream on this GPU, for the limits. PROFILE=FILE: kernels, three steps and the loop's
-# thread of every decode row, into that file. Peers are as measured on an H100 80 GB.
+# thread of every decode row, into that file. FIGURES: a folder for what `four` finds, from one call to the
+# next; without it OUT, or /tmp/four-figures. Peers are as measured on an H100 80 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} bandwidth=${BANDWIDTH:-3150e9}
+figures=${FIGURES:-${OUT:-/tmp/four-figures}}
 parts=" ${*:-check sanitize kernels llama v2l prefill start agentic} "
+[[ $parts == *" four "* ]] && parts+="four-same four-v2l four-k2 four-cut four-dealt four-own four-plot "
 "$python" setup.py -q build_ext --inplace
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+[[ $parts == *" four"* ]] && mkdir -p "$figures"
 
 wanted() { [[ $parts == *" $1 "* ]] && echo "== $1"; }
 decode() { # decode SHAPE FLAGS...
@@ -29,22 +38,36 @@ decode() { # decode SHAPE FLAGS...
         ${PROFILE:+--profile "$PROFILE"} "${@:2}"
 }
 ranks() { "$python" -m tokenspeed.parallel "$@"; }
-layouts=("" "--moe-ep-size 4" "--attn-dp-size 4 --moe-ep-size 4") # of four ranks
-four_steps() { # four_steps FLAGS... decode steps of V2L's shape and 13 layers of Kimi K2's, 1, 8 and 32 rows in all
-    local wrong=0 shape layout rows
-    "$python" scripts/make_checkpoint.py v2l "$folder/v2l-four" --config-only
-    "$python" scripts/make_checkpoint.py k2 "$folder/k2-four" --config-only --layers 13
-    for shape in v2l k2; do
-        for layout in "${layouts[@]}"; do
-            rows="1 8 32"
-            [[ $layout == *attn-dp* ]] && rows="1 2 8" # of each group; with 1 they are 4 in all
-            echo "-- $shape --world 4 $layout"
-            # shellcheck disable=SC2086 # layout and rows are several words
-            timeout 170 "$python" -m tokenspeed.parallel decode --model "$folder/$shape-four" --world 4 $layout \
-                --batch $rows --context 1024 50000 --bandwidth "$bandwidth" "$@" || wrong=1
-        done
+layout_of() { # layout_of cut|dealt|own, over four ranks
+    case $1 in
+        cut) ;;
+        dealt) echo "--moe-ep-size 4" ;;
+        own) echo "--attn-dp-size 4 --moe-ep-size 4" ;;
+    esac
+}
+four_steps() { # four_steps SHAPE FLAGS... decode steps of v2l's shape or 13 layers of k2's, 1, 8 and 32 rows in all
+    local wrong=0 name layout rows slice=() config
+    [[ $1 == k2 ]] && slice=(--layers 13) # what four GPUs of 141 GB hold (make_checkpoint.py)
+    config=$(mktemp -d -p "$folder")
+    "$python" scripts/make_checkpoint.py "$1" "$config" --config-only "${slice[@]}"
+    for name in cut dealt own; do
+        layout=$(layout_of "$name") rows="1 8 32"
+        [[ $name == own ]] && rows="1 2 8" # of each group; with 1 they are 4 in all
+        echo "-- $1 --world 4 $layout"
+        # shellcheck disable=SC2086 # layout and rows are several words
+        timeout 180 "$python" -m tokenspeed.parallel decode --model "$config" --world 4 $layout \
+            --batch $rows --context 1024 50000 ${BANDWIDTH:+--bandwidth "$BANDWIDTH"} "${@:2}" || wrong=1
     done
     return "$wrong"
+}
+links() { [[ -e $figures/links.json ]] && echo "--links $figures/links.json"; } # of four ranks, if four-same has run
+four_agents() { # four_agents cut|dealt|own
+    local config
+    config=$(mktemp -d -p "$folder")
+    "$python" scripts/make_checkpoint.py v2l "$config" --config-only
+    # shellcheck disable=SC2046 # a layout is several words
+    "$python" -m tokenspeed.bench agentic --model "$config" --load-format dummy --concurrency 1 2 4 8 16 \
+        -tp 4 $(layout_of "$1") --json "$figures/$1.json"
 }
 serve_layout() { # serve_layout FLAGS... decode rates of the engine, 1, 8 and 32 streams of 1,024 tokens
     "$python" -m tokenspeed.entrypoints.api --model "$folder/v2l-config" --load-format dummy --port 8399 "$@" & local server=$!
@@ -166,14 +189,31 @@ if wanted groups; then
     done
     ((wrong == 0))
 fi
-if wanted alone; then
-    wrong=0
-    "$python" -m tokenspeed.kernels numerics moe_experts moe_block_decode --device cuda --dtype bfloat16 || wrong=1
-    four_steps --alone | tee "$folder/alone.txt" || wrong=1
-    echo "== alone: one rank of four, ALL COLLECTIVES LEFT OUT"
-    grep -E '^(--|  )' "$folder/alone.txt"
-    ((wrong == 0))
+failed=0 # what fails among four GPUs, or in one layout, does not keep the rest from being measured
+if wanted four-same; then
+    "$python" -m tokenspeed.kernels numerics all_reduce_norm --device cuda || failed=1
+    timeout 240 "$python" -m pytest -q -p no:cacheprovider tests/engine/test_four_ranks.py --durations=4 || failed=1
+    ranks measure --world 4 --links "$figures/links.json" || failed=1
 fi
+for shape in v2l k2; do
+    # shellcheck disable=SC2046 # a flag and its value, or nothing
+    if wanted "four-$shape"; then four_steps "$shape" $(links) || failed=1; fi
+done
+for name in cut dealt own; do
+    if wanted "four-$name"; then four_agents "$name" || failed=1; fi
+done
+if wanted four-plot; then
+    "$python" -m tokenspeed.bench pareto "$figures"/{cut,dealt,own}.json --svg "$figures/pareto.svg" || failed=1
+fi
+if wanted alone; then
+    "$python" -m tokenspeed.kernels numerics moe_experts moe_block_decode --device cuda --dtype bfloat16 || failed=1
+    for shape in v2l k2; do
+        four_steps "$shape" --alone | tee -a "$folder/alone.txt" || failed=1
+    done
+    echo "== alone: one rank of four, ALL COLLECTIVES LEFT OUT"
+    grep -E '^(--|  )' "$folder/alone.txt" || failed=1
+fi
+((failed == 0))
 model=(--model "$folder/v2l-config" --load-format dummy)
 if wanted start; then
     time "$python" scripts/make_checkpoint.py v2l "$folder/v2l"

@@ -45,8 +45,8 @@ ROOF = max(FLOORS.values())
 """Where a program (`__main__.py`) stands, whatever it is about: it may import anything, because nothing imports it."""
 
 TORCH_FREE = ("text", "entrypoints", "bench", "simulate", "_core", "parallel")
-BETWEEN_PROCESSES = {"collectives.py", "groups.py", "measure.py", "symmetric.py", "world.py"}
-"""What moves tensors between ranks; the rest of `parallel` is a compiler that only knows their shapes."""
+BETWEEN_PROCESSES = {"alone.py", "collectives.py", "groups.py", "measure.py", "symmetric.py", "world.py"}
+"""What moves tensors between ranks, or makes up what it would have moved; the rest of `parallel` is a compiler that only knows their shapes."""
 
 
 def files() -> Iterator[tuple[str, Path]]:
