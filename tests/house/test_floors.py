@@ -46,7 +46,8 @@ ROOF = max(FLOORS.values())
 
 TORCH_FREE = ("text", "entrypoints", "bench", "simulate", "_core", "parallel")
 BETWEEN_PROCESSES = {"alone.py", "collectives.py", "groups.py", "measure.py", "symmetric.py", "world.py"}
-"""What moves tensors between ranks, or makes up what it would have moved; the rest of `parallel` is a compiler that only knows their shapes."""
+"""What moves tensors between ranks, or makes up what others would have sent; the rest of `parallel` is a compiler that
+only knows their shapes."""
 
 
 def files() -> Iterator[tuple[str, Path]]:

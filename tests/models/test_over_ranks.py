@@ -21,10 +21,12 @@ LAYOUTS = {
     "cut in four": Mesh.of(4),
     "experts dealt": Mesh.of(2, moe_ep=2),
     "experts dealt and cut": Mesh.of(4, moe_ep=2),
+    "cut in four, experts dealt": Mesh.of(4, moe_ep=4),
     "attention copied": Mesh.of(2, attn_copies=2),
     "attention copied, experts dealt": Mesh.of(2, attn_copies=2, moe_ep=2),
     "own tokens": Mesh.of(2, attn_dp=2),
     "own tokens, experts dealt": Mesh.of(2, attn_dp=2, moe_ep=2),
+    "own tokens of four, experts dealt": Mesh.of(4, attn_dp=4, moe_ep=4),
     "own tokens of pairs, everything else over all": Mesh.of(4, attn_dp=2, moe_ep=4, dense_tp=4, vocab_tp=4),
 }
 BY_FAMILY = {
@@ -40,6 +42,9 @@ NUM_GENERATED = {2: 20, 4: 8}
 
 PROMPTS = {"a": 7, "b": 30, "c": 3}
 """Sequences and their lengths; "b" takes two steps, "c" begins when the others decode."""
+
+GROUPS = {1: ["abc"], 2: ["ab", "c"], 4: ["a", "b", "c", ""]}
+"""Which sequences each group of ranks has, by the number of groups; the last of four never has any."""
 
 Written = Callable[[str], Path]
 
@@ -66,16 +71,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 def steps(num_groups: int, generated: int) -> rank_jobs.Steps:
     """Chunks of prompts and decode rows in one step, decode steps, and at the end steps in which one group has nothing
-    to do. With two groups "a" and "b" are in the first, "c" in the second."""
+    to do: the last two are the first group's alone."""
     generator = torch.Generator().manual_seed(7)
     a, b, c = (torch.randint(3, 250, (size,), generator=generator).tolist() for size in PROMPTS.values())
-    first = [("a", a), ("b", b[:20])]
-    mixed = [("a", []), ("b", b[20:])]
-    both, late = [("a", []), ("b", [])], [("c", c)]
-    if num_groups == 1:
-        return [[first], [mixed], [[*both, *late]], *[[[*both, ("c", [])]]] * (generated - 2)]
-    halves = [[first, []], [mixed, []], [both, late], *[[both, [("c", [])]]] * (generated - 4)]
-    return [*halves, *[[both, []]] * 2]
+    beginning = [[("a", a), ("b", b[:20])], [("a", []), ("b", b[20:])], [("a", []), ("b", []), ("c", c)]]
+    decode: list[tuple[str, list[int]]] = [("a", []), ("b", []), ("c", [])]
+    whole = [*beginning, *[decode] * (generated - 2)]
+    dealt = [[[one for one in step if one[0] in names] for names in GROUPS[num_groups]] for step in whole]
+    if num_groups > 1:
+        dealt[-2:] = [[first, *[[]] * (num_groups - 1)] for first, *_ in dealt[-2:]]
+    return dealt
 
 
 @functools.cache
@@ -93,7 +98,7 @@ def test_any_layout_gives_the_logits_and_tokens_of_one_rank(
     given = steps(groups, NUM_GENERATED[mesh.world])
     for rank, logits in enumerate(pool.over(mesh, rank_jobs.generated, written(family), given)):
         group = mesh.coordinate(rank, "attn_data")
-        assert set(logits) == ({"a", "b", "c"} if groups == 1 else ({"a", "b"}, {"c"})[group])
+        assert set(logits) == set(GROUPS[groups][group])
         for name, got in logits.items():
             want = wanted[name][: len(got)]
             assert (got - want).abs().max() < 1e-4 * want.abs().max(), f"rank {rank}, sequence {name}"
