@@ -1,9 +1,9 @@
 // Decode of bfloat16 where one instruction multiplies pairs of numbers: scores from keys as they lie. Weights and
 // values are multiplied in float32. Included by each isa_*.cc that has the instruction inside its namespace, after
-// attention_decode.h. Prefill stays in float32: on Sapphire Rapids the instruction takes four times as long as a fused
-// multiplication and addition (0.81 against 0.20 ns), and dpbf16 tiles gave 68 GFLOP/s where float32 gave 88.
+// attention_decode.h.
 
 constexpr int SIDE = 16;  // pairs of numbers in a vector
+constexpr int TILE_WORDS = SIDE * SIDE;
 
 inline int vectors_of_pairs(int numbers) { return (numbers + 2 * SIDE - 1) / (2 * SIDE); }
 

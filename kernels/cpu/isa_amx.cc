@@ -34,14 +34,24 @@ constexpr int LANES = 16;
 #include "attention_prefill.h"
 #include "attention_pairs.h"
 #include "attention_tiles.h"
+#include "attention_packed.h"
 #include "mla_soften.h"
 #include "mla_tiles.h"
+
+inline Kernels with_packed_attention(Kernels kernels) {
+    kernels.decode_scratch = decode_scratch<BFloat16>;
+    kernels.decode_split = decode_split<BFloat16>;
+    kernels.prefill_rows = prefill_rows<BFloat16>();
+    kernels.prefill_scratch = prefill_scratch<BFloat16>;
+    kernels.prefill_tile = prefill_tile<BFloat16>;
+    return kernels;
+}
 }  // namespace
 #include "pair_table.h"
 
 const Kernels* table(Type type) {
     if (type == Type::f32) return avx512_bf16::table(type);
-    static const Kernels bf16 = with_latent_tiles(with_attention_tiles(with_pairs(*avx512_bf16::table(type))));
+    static const Kernels bf16 = with_latent_tiles(with_packed_attention(with_pairs(*avx512_bf16::table(type))));
     return &bf16;
 }
 }  // namespace tokenspeed::cpu::amx

@@ -28,6 +28,8 @@ constexpr int LANES = 16;
 #include "attention_decode.h"
 #include "attention_prefill.h"
 #include "attention_pairs.h"
+#include "attention_columns.h"
+#include "attention_packed.h"
 #include "mla_soften.h"
 #include "mla_decode.h"
 #include "mla_prefill.h"

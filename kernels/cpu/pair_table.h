@@ -8,7 +8,6 @@ constexpr void use_pairs(Kernels& kernels, Form form, Pairs pairs) {
     kernels.forms[static_cast<int>(form)].pairs = pairs;
 }
 
-#ifdef TOKENSPEED_TILES
 template <class F>
 constexpr void use_scaled(Kernels& kernels, Form form) {
     kernels.forms[static_cast<int>(form)].pairs_pack = scaled_pack<F>;
@@ -21,11 +20,9 @@ constexpr void use_rounded(Kernels& kernels, Form form) {
     use_pairs(kernels, form, only_rounded_pairs<View>);
     kernels.forms[static_cast<int>(form)].pairs_of_many = true;
 }
-#endif
 
 constexpr Kernels with_pairs(Kernels kernels) {
     use_pairs(kernels, Form::panels, plain_pairs);
-#ifdef TOKENSPEED_TILES
     use_scaled<NibblePairs<Half, false>>(kernels, Form::q4_0);
     use_scaled<NibblePairs<Half, true>>(kernels, Form::q4_1);
     use_scaled<NibblePairs<float, true>>(kernels, Form::q4_k);
@@ -35,7 +32,6 @@ constexpr Kernels with_pairs(Kernels kernels) {
     use_rounded<WideNibbles<5, float, true, 1>>(kernels, Form::q5_k);
     use_rounded<WideNibbles<6, float, false, 2>>(kernels, Form::q6_k);
     use_rounded<WideNibbles<6, float, true, 2>>(kernels, Form::mixed);
-#endif
     return kernels;
 }
 }  // namespace

@@ -45,11 +45,6 @@ template <int SUMS, int TOKENS, int WEIGHTS>
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(TOKENS), "i"(WEIGHTS));
 }
 
-template <int N, class Body>
-[[gnu::always_inline]] inline void each(const Body& body) {
-    [&]<int... I>(Lanes<I...>) { (body(Width<I>{}), ...); }(typename CountLanes<N>::type{});
-}
-
 // Lines that are asked into the second-level cache, so many in a step: what comes next is read from memory evenly while
 // the tiles are busy, not all at once when it is needed.
 struct Stream {

@@ -53,8 +53,13 @@ inline Shorts interleaved(Lanes<I...>) {
     return Shorts{(I / 2 + I % 2 * 16)...};
 }
 
-// Quantised forms: head() gives what each row's sum over the group is multiplied with, and what the tokens' sum is;
-// expand() the group's words, and a Group the same numbers as floats, column by column. The words of four bits are 16 +
+template <int N, class Body>
+[[gnu::always_inline]] inline void each(const Body& body) {
+    [&]<int... I>(Lanes<I...>) { (body(Width<I>{}), ...); }(typename CountLanes<N>::type{});
+}
+
+// Quantised forms: head() gives what each row's sum over the group is multiplied with, and what the tokens' sum is; a
+// Group its words, pair by pair, or the same numbers as floats, column by column. The words of four bits are 16 +
 // value: an "or" makes them, and the 16 goes into the minimum. Up to ORDERED tokens vectors beat tiles (pair_order.h).
 template <class Scale, bool HAS_MINIMUMS>
 struct NibblePairs {
@@ -73,21 +78,6 @@ struct NibblePairs {
             store(minimums, scale * -24.f);
         }
     }
-    static void expand(const char* group, char* to) {
-        const char* words = group + (HAS_MINIMUMS ? 2 : 1) * View::HEAD;
-        for (int w = 0; w < 4; ++w) {
-            const Words word = words_at(words + w * PANEL_ROWS * 4);
-            const auto part = [&](int i, Words shifted) {
-                const Words pair = (shifted & 0x00780078u) | 0x41804180u;
-                __builtin_memcpy(to + (i * 4 + w) * PANEL_ROWS * 4, &pair, sizeof pair);
-            };
-            part(0, word << 3);
-            part(1, word >> 1);
-            part(2, word >> 5);
-            part(3, word >> 9);
-        }
-    }
-
     struct Group {
         Words words[4];
         explicit Group(const char* group) {
@@ -100,6 +90,13 @@ struct NibblePairs {
             constexpr int UP = 19 - C / 4 * 4;
             const Words moved = UP > 0 ? words[C % 4] << (UP > 0 ? UP : 0) : words[C % 4] >> (UP < 0 ? -UP : 0);
             return bit_copy<Floats>((moved & 0x00780000u) | 0x41800000u);
+        }
+        // Of columns I and GROUP / 2 + I.
+        template <int I>
+        Words pair() const {
+            constexpr int DOWN = I / 4 * 4 - 3;
+            const Words moved = DOWN > 0 ? words[I % 4] >> (DOWN > 0 ? DOWN : 0) : words[I % 4] << (DOWN < 0 ? -DOWN : 0);
+            return (moved & 0x00780078u) | 0x41804180u;
         }
     };
 };
@@ -129,19 +126,6 @@ struct BytePairs {
         }
         return __builtin_convertvector(bit_copy<Ints>(words), Floats);
     }
-    static void expand(const char* group, char* to) {
-        for (int w = 0; w < 8; ++w) {
-            const Words words = words_at(group + Bytes::HEAD + w * PANEL_ROWS * 4);
-            const auto pair = [&](int i, Floats low_, Floats high_) {
-                const __m512i low = bit_copy<__m512i>(low_), high = bit_copy<__m512i>(high_);
-                const __m512i pair = _mm512_mask_alignr_epi8(high, 0x3333333333333333u, low, low, 2);
-                __builtin_memcpy(to + (i * 8 + w) * PANEL_ROWS * 4, &pair, sizeof pair);
-            };
-            pair(0, number<0>(words), number<2>(words));
-            pair(1, number<1>(words), number<3>(words));
-        }
-    }
-
     struct Group {
         Words words[8];
         explicit Group(const char* group) {
@@ -151,6 +135,12 @@ struct BytePairs {
         template <int C>
         Floats number() const {
             return BytePairs::number<C / 8>(words[C % 8]);
+        }
+        // Of columns I and GROUP / 2 + I.
+        template <int I>
+        Words pair() const {
+            const __m512i low = bit_copy<__m512i>(number<I>()), high = bit_copy<__m512i>(number<I + GROUP / 2>());
+            return bit_copy<Words>(_mm512_mask_alignr_epi8(high, 0x3333333333333333u, low, low, 2));
         }
     };
 };
@@ -193,7 +183,11 @@ struct Expanded {
         for (int64_t i = 0; i < count; ++i, group += F::BYTES) {
             for (int64_t line = 0; line < F::BYTES; line += 64) __builtin_prefetch(group + AHEAD * F::BYTES + line);
             F::head(group, scales + i * PANEL_ROWS, minimums + i * PANEL_ROWS);
-            F::expand(group, words + i * GROUP_BYTES);
+            const typename F::Group of(group);
+            each<GROUP_WORDS>([&](auto w) {
+                const Words pair = of.template pair<w.value>();
+                __builtin_memcpy(words + i * GROUP_BYTES + w.value * PANEL_ROWS * 4, &pair, sizeof pair);
+            });
         }
     }
 };

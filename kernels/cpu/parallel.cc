@@ -1,14 +1,16 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
+#include <vector>
 
 namespace tokenspeed::cpu {
 namespace {
@@ -37,6 +39,30 @@ bool spin(const Done& done) {
     }
 }
 
+// The CPUs that the calling thread may use, where they are exactly so many: then no two threads of the pool want the same one,
+// and none stands empty that another thread could have had. Otherwise none, and the system places them.
+std::vector<int> cpus_of(int threads) {
+    std::vector<int> cpus;
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) != threads) return cpus;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
+    }
+#endif
+    return cpus;
+}
+
+// Where it may not be, it runs where it does.
+void stay_on(int cpu) {
+#if defined(__linux__)
+    cpu_set_t only;
+    CPU_ZERO(&only);
+    CPU_SET(cpu, &only);
+    pthread_setaffinity_np(pthread_self(), sizeof only, &only);
+#endif
+}
+
 // The tasks of a run are taken from `open_`: the run's number above, how many are left below. A task is taken
 // by exchanging exactly the value that was seen, so a helper that slept through the end of its run takes
 // nothing of a later one, whatever it has read of it meanwhile.
@@ -45,8 +71,9 @@ public:
     // False if another thread has the pool.
     bool run(uint32_t count, int threads, Task task, const void* context) {
         if (taken_.exchange(true, std::memory_order_acquire)) return false;
+        const int most = threads;
         if (count < static_cast<uint32_t>(threads)) threads = static_cast<int>(count);
-        start_helpers(threads - 1);
+        start_helpers(threads - 1, most);
         const uint64_t number = (open_.load(std::memory_order_relaxed) >> 32) + 1;
         task_.store(task, std::memory_order_relaxed);
         context_.store(context, std::memory_order_relaxed);
@@ -70,7 +97,8 @@ public:
     int helpers() const { return helpers_.load(std::memory_order_relaxed); }
 
 private:
-    void start_helpers(int wanted) {
+    // The first CPU is the caller's, which stays free to move: whatever it starts would inherit its place.
+    void start_helpers(int wanted, int threads) {
         int helpers = helpers_.load(std::memory_order_relaxed);
         if (helpers >= wanted) return;
         // Signals are for the threads that the interpreter knows.
@@ -78,9 +106,16 @@ private:
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
         try {
-            for (; helpers < wanted; ++helpers) std::thread([this, worker = helpers + 1] { help(worker); }).detach();
-        } catch (const std::system_error&) {
-            // The system allows no more threads: those there are do the work.
+            const std::vector<int> cpus = cpus_of(threads);
+            for (; helpers < wanted; ++helpers) {
+                const int worker = helpers + 1, cpu = cpus.empty() ? -1 : cpus[worker];
+                std::thread([this, worker, cpu] {
+                    if (cpu >= 0) stay_on(cpu);
+                    help(worker);
+                }).detach();
+            }
+        } catch (const std::exception&) {
+            // The system allows no more threads, or has no memory for one: those there are do the work.
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
         helpers_.store(helpers, std::memory_order_relaxed);

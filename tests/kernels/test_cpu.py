@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -281,6 +282,31 @@ for threads in (5, 1000):
     torch.set_num_threads(threads)
     assert all(torch.equal(linear(x, weight), wanted) for _ in range(20))
     assert _ops.num_helpers() < _ops.MAX_THREADS
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU is allowed here")
+@pytest.mark.parametrize("threads", ["as many as CPUs", "more"])
+def test_helpers_have_a_cpu_of_their_own_where_there_is_one_for_each_thread(threads: str) -> None:
+    script = f"""
+import os, torch
+from tokenspeed.kernels import ops
+from tokenspeed.kernels.cpu import _ops
+from tokenspeed.kernels.platform import Platform
+allowed = sorted(os.sched_getaffinity(0))[:2]
+os.sched_setaffinity(0, allowed)
+torch.set_num_threads({2 if threads == "as many as CPUs" else 3})
+linear = ops.linear(ops.Target(Platform.of(torch.device("cpu")), torch.float32))
+x, weight = torch.randn(4, 576), torch.randn(3072, 576)
+before = set(os.listdir("/proc/self/task"))
+for _ in range(20):
+    linear(x, weight)
+helpers = set(os.listdir("/proc/self/task")) - before
+places = sorted(sorted(os.sched_getaffinity(int(each))) for each in helpers)
+assert len(places) == _ops.num_helpers() > 0
+assert places == {"[allowed[1:]]" if threads == "as many as CPUs" else "[allowed, allowed]"}, places
+assert sorted(os.sched_getaffinity(0)) == allowed
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
