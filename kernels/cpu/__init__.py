@@ -1,8 +1,8 @@
 """The CPU backend: C++ kernels, one build for each instruction set, the best legal one chosen by priority.
 
 The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats. `avx512_bf16`, for
-bfloat16 alone, multiplies pairs of numbers in one instruction: packed weights (`pair_vectors.h`), which makes panels the
-form of plain matrices there (`selection.plain_form`), and attention. `amx` does the same in tile instructions
+bfloat16 alone, multiplies pairs of numbers in one instruction: packed weights (`pair_vectors.h`), which makes panels
+the form of plain matrices there (`selection.plain_form`), and attention. `amx` does the same in tile instructions
 (`pair_tiles.h`, `attention_tiles.h`, `mla_tiles.h`). Sums and exponentials are in float32, and so are the weights of
 attention, except in tiles.
 Attention over the paged cache is online-softmax over tiles of 64 tokens (128 in a prefill in tiles); a row's result
@@ -76,8 +76,8 @@ PAIRED = frozenset({"avx512_bf16", "amx"})
 """The variants that are for bfloat16 alone: float32 has the same instructions in `avx512`."""
 
 PACKED_FIRST = 5
-"""What a packed product in `avx512_bf16` ranks above the one with rows. One token of 576 → 3,072 takes 53 µs for 58 on a Zen 4, four
-72 for 182, sixteen 262 for 683."""
+"""What a packed product in `avx512_bf16` ranks above the one with rows. On a Zen 4 one token of 576 → 3,072 takes 53 µs
+for 58, four 72 for 182, sixteen 262 for 683."""
 
 TILED = (
     "gqa_block_decode", "mha_decode", "mha_prefill", "mla_decode", "mla_prefill", "mlp_block_decode", "packed_linear",

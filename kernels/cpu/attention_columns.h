@@ -4,8 +4,8 @@
 // What a thread must hold to multiply_columns.
 struct ColumnProducts {};
 
-// c [V tiles] (from zero, or from itself) += the `depth` tiles of 16 rows at a times those of each of V tiles of columns
-// at b, b_stride words apart. Sixteen sums are in flight: so many rows of one, two or four tiles.
+// c [V tiles] (from zero, or from itself) += the `depth` tiles of 16 rows at a times those of each of V tiles of
+// columns at b, b_stride words apart. Sixteen sums are in flight: so many rows of one, two or four tiles.
 template <int V, bool ACCUMULATE>
 inline void multiply_columns(const float* a, const float* b, int64_t b_stride, int depth, float* c) {
     constexpr int ROWS = SIDE / V;

@@ -1,5 +1,5 @@
-// Prefill of bfloat16 where pairs of numbers are multiplied. Included by each isa_*.cc that does so inside its namespace,
-// after attention_prefill.h and attention_columns.h or attention_tiles.h, whose multiply_columns it uses.
+// Prefill of bfloat16 where pairs of numbers are multiplied. Included by each isa_*.cc that does so inside its
+// namespace, after attention_prefill.h and attention_columns.h or attention_tiles.h, whose multiply_columns it uses.
 //
 // A tile of keys and values is packed once for all query rows, and weights are multiplied as bfloat16: a weight is then
 // off by up to 2^-9 of itself, an output by 2.8e-3 of its size where one in float32 has 2.0e-3, most of which is the

@@ -84,8 +84,8 @@ struct ColumnProducts {
     Tiles tiles{SIDE};
 };
 
-// The products of attention_packed.h: c [V tiles] (from zero, or from itself) += the `depth` tiles of 16 rows at a times
-// those of each of V tiles of columns at b. Tiles 0 … V−1 are sums, 4 of a, 5 to 7 of b.
+// The products of attention_packed.h: c [V tiles] (from zero, or from itself) += the `depth` tiles of 16 rows at a
+// times those of each of V tiles of columns at b. Tiles 0 … V−1 are sums, 4 of a, 5 to 7 of b.
 template <int V, bool ACCUMULATE>
 inline void multiply_columns(const float* a, const float* b, int64_t b_stride, int depth, float* c) {
     each<V>([&](auto v) {

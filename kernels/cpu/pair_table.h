@@ -16,6 +16,11 @@ constexpr void use_scaled(Kernels& kernels, Form form) {
 
 // Five and six bits: only where they are rounded, for many tokens.
 template <class View>
+void only_rounded_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                        float* scratch) {
+    rounded_pairs<View>(a, Pairs(packed, end - begin, a.groups()), begin, first, last, scratch);
+}
+template <class View>
 constexpr void use_rounded(Kernels& kernels, Form form) {
     use_pairs(kernels, form, only_rounded_pairs<View>);
     kernels.forms[static_cast<int>(form)].pairs_of_many = true;

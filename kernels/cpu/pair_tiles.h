@@ -178,22 +178,10 @@ inline void rounded_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_
     char* strip = reinterpret_cast<char*>(scratch);
     const auto words = [&](int64_t panel, int64_t count, int64_t g, int64_t till, int64_t& panel_bytes) {
         panel_bytes = depth * GROUP_BYTES;
-        for (int64_t p = 0; p < count; ++p) {
-            const char* group = static_cast<const char*>(a.weight) + ((panel + p) * x.groups + g) * F::BYTES;
-            char* to = strip + p * panel_bytes;
-            for (int64_t i = 0; i < till; ++i) round_group<F>(group + i * F::BYTES, to + i * GROUP_BYTES);
-        }
-        return strip;
+        return round_strip<F>(a, panel, count, g, till, panel_bytes, strip);
     };
     float* sums = scratch + 2 * STRIP_GROUPS * GROUP_BYTES / 4;
     strips_of_tiles<2, false>(a, x, begin, first, last, depth, x.groups * F::BYTES, sums, words);
-}
-
-// The same, of a block of tokens.
-template <class F>
-void only_rounded_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                        float* scratch) {
-    rounded_pairs<F>(a, Pairs(packed, end - begin, a.groups()), begin, first, last, scratch);
 }
 
 // sums [M, 16] (from zero if `first`) += scale · (tile · group) + minimum · (sum of the token) for N groups.

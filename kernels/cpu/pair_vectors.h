@@ -1,7 +1,7 @@
 // The products of pairs.h in vectors: a row of a panel is a lane, and one instruction multiplies and adds a pair.
 // Included by isa_avx512_bf16.cc inside its namespace, after pairs.h.
 //
-// On a Zen 4 core 215 to 222 GFLOP/s from three tokens on, of any number of columns: what it can start. float32 has half.
+// A Zen 4 core does 200 to 222 GFLOP/s of them from 8 tokens on: as much as it can start. float32 has half.
 
 inline Floats add_pairs(Floats sums, Words weights, const char* token) {
     uint32_t pair;
@@ -11,9 +11,9 @@ inline Floats add_pairs(Floats sums, Words weights, const char* token) {
     return bit_copy<Floats>(_mm512_dpbf16_ps(bit_copy<__m512>(sums), left, right));
 }
 
-// sums [P, rows, 16] (from zero if `first`) += P panels, panel_bytes apart, · N tokens. With FETCH the weights come from
-// memory and those AHEAD are asked for; behind the last of their `left` groups comes a panel's successor in this
-// stream, P panels on.
+// sums [P] [N, 16] (from zero if `first`), panel_sums apart, += P panels, panel_bytes apart, · N tokens. With FETCH the
+// weights come from memory and those AHEAD are asked for; behind the last of the `left` groups comes a panel's successor
+// in this stream, P panels on.
 template <int P, int N, bool FETCH>
 inline void multiply_vectors(const char* x, int rows, const char* weight, int64_t panel_bytes, int64_t groups,
                              int64_t left, bool first, float* sums, int64_t panel_sums) {
@@ -55,52 +55,24 @@ inline void tokens_of_tile(int rows, const Body& body) {
     }
 }
 
-// bfloat16 panels [first, last) against one block of tokens.
-inline void plain_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                        float* scratch) {
-    const Pairs x(packed, end - begin, a.groups());
-    const int64_t size = x.rows * PANEL_ROWS, panel_bytes = x.groups * GROUP_BYTES;
+// Panels [first, last) against one block of tokens, four together where there are as many, `depth` groups at a time.
+// words(first panel, their number, first group, groups, stride) gives bfloat16 words of them, and sets the bytes from
+// panel to panel.
+template <bool FETCH, class Words_>
+inline void strips_of_vectors(const Linear& a, const Pairs& x, int64_t begin, int64_t first, int64_t last, int64_t depth,
+                              float* sums, const Words_& words) {
+    const int64_t size = x.rows * PANEL_ROWS;
     for (int64_t panel = first; panel < last;) {
         const int64_t count = last - panel < 4 ? 1 : 4, stride = count * size;
-        const char* weight = static_cast<const char*>(a.weight) + panel * panel_bytes;
-        for (int64_t t = 0; t < x.tiles; ++t) {
-            tokens_of_tile(x.rows, [&](auto tokens, int n) {
-                const char* from = x.tile(t, 0) + n * GROUP_WORDS * 4;
-                float* to = scratch + t * stride + n * PANEL_ROWS;
-                const auto multiply = count == 4 ? multiply_vectors<4, tokens.value, true> : multiply_vectors<1, tokens.value, true>;
-                multiply(from, x.rows, weight, panel_bytes, x.groups, x.groups, true, to, size);
-            });
-        }
-        for (int64_t p = 0; p < count; ++p) write_pairs(a, x, begin, panel + p, scratch + p * size, stride, 0, x.tiles);
-        panel += count;
-    }
-}
-
-// Quantised panels rounded to bfloat16, a strip of some groups at a time: F is their view of panels.h.
-template <class F>
-inline void rounded_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                          float* scratch) {
-    constexpr int64_t DEPTH = STRIP_GROUPS / 2;
-    const Pairs x(packed, end - begin, a.groups());
-    const int64_t size = x.rows * PANEL_ROWS, strip_bytes = DEPTH * GROUP_BYTES;
-    char* strip = reinterpret_cast<char*>(scratch);
-    float* sums = scratch + 4 * strip_bytes / 4;
-    for (int64_t panel = first; panel < last;) {
-        const int64_t count = last - panel < 4 ? 1 : 4, stride = count * size;
-        for (int64_t g = 0; g == 0 || g < x.groups; g += DEPTH) {
-            const int64_t till = x.groups - g < DEPTH ? x.groups - g : DEPTH;
-            for (int64_t p = 0; p < count; ++p) {
-                const char* group = static_cast<const char*>(a.weight) + ((panel + p) * x.groups + g) * F::BYTES;
-                for (int64_t i = 0; i < till; ++i) {
-                    for (int64_t line = 0; line < F::BYTES; line += 64) __builtin_prefetch(group + DEPTH * F::BYTES + line);
-                    round_group<F>(group, strip + p * strip_bytes + i * GROUP_BYTES);
-                    group += F::BYTES;
-                }
-            }
+        for (int64_t g = 0; g == 0 || g < x.groups; g += depth) {
+            const int64_t till = x.groups - g < depth ? x.groups - g : depth;
+            int64_t panel_bytes = 0;
+            const char* weight = words(panel, count, g, till, panel_bytes);
             for (int64_t t = 0; t < x.tiles; ++t) {
                 tokens_of_tile(x.rows, [&](auto tokens, int n) {
-                    const auto multiply = count == 4 ? multiply_vectors<4, tokens.value, false> : multiply_vectors<1, tokens.value, false>;
-                    multiply(x.tile(t, g) + n * GROUP_WORDS * 4, x.rows, strip, strip_bytes, till, till, g == 0,
+                    const auto multiply = count == 4 ? multiply_vectors<4, tokens.value, FETCH>
+                                                     : multiply_vectors<1, tokens.value, FETCH>;
+                    multiply(x.tile(t, g) + n * GROUP_WORDS * 4, x.rows, weight, panel_bytes, till, x.groups - g, g == 0,
                              sums + t * stride + n * PANEL_ROWS, size);
                 });
             }
@@ -108,6 +80,29 @@ inline void rounded_pairs(const Linear& a, const float* packed, int64_t begin, i
         for (int64_t p = 0; p < count; ++p) write_pairs(a, x, begin, panel + p, sums + p * size, stride, 0, x.tiles);
         panel += count;
     }
+}
+
+// bfloat16 panels, as they lie.
+inline void plain_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                        float* scratch) {
+    const Pairs x(packed, end - begin, a.groups());
+    const auto words = [&](int64_t panel, int64_t, int64_t g, int64_t, int64_t& panel_bytes) {
+        panel_bytes = x.groups * GROUP_BYTES;
+        return static_cast<const char*>(a.weight) + panel * panel_bytes + g * GROUP_BYTES;
+    };
+    strips_of_vectors<true>(a, x, begin, first, last, x.groups + 1, scratch, words);
+}
+
+// Quantised panels, rounded to bfloat16 strip by strip: F is their view of panels.h.
+template <class F>
+inline void rounded_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_t first, int64_t last, float* scratch) {
+    constexpr int64_t DEPTH = STRIP_GROUPS / 2, BYTES = DEPTH * GROUP_BYTES;
+    char* strip = reinterpret_cast<char*>(scratch);
+    const auto words = [&](int64_t panel, int64_t count, int64_t g, int64_t till, int64_t& panel_bytes) {
+        panel_bytes = BYTES;
+        return round_strip<F>(a, panel, count, g, till, panel_bytes, strip);
+    };
+    strips_of_vectors<false>(a, x, begin, first, last, DEPTH, scratch + 4 * (BYTES / 4), words);
 }
 
 // totals[n] += scale · (a group of a panel · token n) + minimum · (sum of the token).
@@ -120,8 +115,8 @@ template <class F, int N>
     }
 }
 
-// sums [P, rows, 16] = P quantised panels · N tokens. Words are made in registers, so few tokens pay nothing for them in
-// memory.
+// sums [P] [N, 16], panel_sums apart, = P quantised panels · N tokens. Words are made in registers: through memory they
+// cost 68 ns a group, more than eight tokens' products.
 template <class F, int P, int N>
 inline void multiply_scaled(const char* x, const float* token_sums, int rows, const char* weight, int64_t groups,
                             float* sums, int64_t panel_sums) {
@@ -172,10 +167,10 @@ inline void scaled_panels(const Linear& a, const Pairs& x, int64_t begin, int64_
 template <class F>
 void scaled_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
                   float* scratch) {
-    if (a.tokens > PAIRS_FEW && !a.float_out) {
-        return rounded_pairs<typename F::View>(a, packed, begin, end, first, last, scratch);
-    }
     const Pairs x(packed, end - begin, a.groups());
+    if (a.tokens > PAIRS_FEW && !a.float_out) {
+        return rounded_pairs<typename F::View>(a, x, begin, first, last, scratch);
+    }
     // As many panels side by side as hide the latency of a sum, and keep enough lines on their way from memory.
     const auto all = [&](auto tokens, auto panels) {
         constexpr int N = tokens.value, P = panels.value;
@@ -193,11 +188,4 @@ void scaled_pairs(const Linear& a, const float* packed, int64_t begin, int64_t e
 template <class F>
 void scaled_pack(const Linear& a, int64_t begin, int64_t end, float* packed) {
     pairs_pack<F::MINIMUMS>(a, begin, end, packed);
-}
-
-// Those that are only multiplied rounded.
-template <class F>
-void only_rounded_pairs(const Linear& a, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                        float* scratch) {
-    rounded_pairs<F>(a, packed, begin, end, first, last, scratch);
 }

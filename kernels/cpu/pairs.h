@@ -94,8 +94,8 @@ struct NibblePairs {
         // Of columns I and GROUP / 2 + I.
         template <int I>
         Words pair() const {
-            constexpr int DOWN = I / 4 * 4 - 3;
-            const Words moved = DOWN > 0 ? words[I % 4] >> (DOWN > 0 ? DOWN : 0) : words[I % 4] << (DOWN < 0 ? -DOWN : 0);
+            constexpr int W = I % 4, DOWN = I / 4 * 4 - 3;
+            const Words moved = DOWN > 0 ? words[W] >> (DOWN > 0 ? DOWN : 0) : words[W] << (DOWN < 0 ? -DOWN : 0);
             return (moved & 0x00780078u) | 0x41804180u;
         }
     };
@@ -162,6 +162,19 @@ inline void round_group(const char* group, char* to) {
         }
     };
     [&]<int... I>(Lanes<I...>) { (part(Width<I>{}), ...); }(typename CountLanes<HALF>::type{});
+}
+
+// The groups [g, g + till) of `count` quantised panels as such words, panel_bytes from panel to panel.
+template <class F>
+inline const char* round_strip(const Linear& a, int64_t panel, int64_t count, int64_t g, int64_t till,
+                               int64_t panel_bytes, char* strip) {
+    const int64_t groups = a.groups();
+    for (int64_t p = 0; p < count; ++p) {
+        const char* group = static_cast<const char*>(a.weight) + ((panel + p) * groups + g) * F::BYTES;
+        char* to = strip + p * panel_bytes;
+        for (int64_t i = 0; i < till; ++i) round_group<F>(group + i * F::BYTES, to + i * GROUP_BYTES);
+    }
+    return strip;
 }
 
 // A few groups of one quantised panel as words, with their scales and minimums.

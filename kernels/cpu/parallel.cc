@@ -39,8 +39,8 @@ bool spin(const Done& done) {
     }
 }
 
-// The CPUs that the calling thread may use, where they are exactly so many: then no two threads of the pool want the same one,
-// and none stands empty that another thread could have had. Otherwise none, and the system places them.
+// The CPUs that the calling thread may use, where they are exactly so many: then no two threads of the pool want the
+// same one, and none stands empty that another could have had. Otherwise none, and the system places them.
 std::vector<int> cpus_of(int threads) {
     std::vector<int> cpus;
 #if defined(__linux__)
