@@ -14,6 +14,7 @@ from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.forms import GROUP, PANELS, QUANTISED, ROWS, Packed, common_form, packed_shape
 from tokenspeed.kernels.platform import Platform
+from tokenspeed.layers.memory import ParameterMemory
 from tokenspeed.parallel.cost import Work
 from tokenspeed.parallel.mesh import Mesh
 from tokenspeed.parallel.placement import Boundary
@@ -24,8 +25,8 @@ from tokenspeed.parallel.shards import Piece, Shape, Share, local
 class BuildContext:
     """Where and how a model is built; handed to every constructor.
 
-    `target` is what the kernels are selected for; `max_positions` the longest sequence the engine will
-    run, which sizes the rotary tables; `block_size` tokens a KV block; `prefix` the dotted name of the
+    `target` is what the kernels are selected for; `memory` where parameters lie; `max_positions` the longest sequence
+    the engine will run, which sizes the rotary tables; `block_size` tokens a KV block; `prefix` the dotted name of the
     checkpoint tensors of the module under construction; `rank` the rank of `mesh` that the model is built for.
     `forms` says which checkpoint tensors are matrices that kernels multiply as they are stored, and in which form;
     `plain_form` is the form that all other matrices get when they are loaded: rows, panels, or q8_0, to which they are
@@ -35,6 +36,7 @@ class BuildContext:
     device: torch.device
     dtype: torch.dtype
     target: ops.Target
+    memory: ParameterMemory
     mesh: Mesh
     max_positions: int
     block_size: int
@@ -61,6 +63,7 @@ class BuildContext:
             device=device,
             dtype=dtype,
             target=ops.Target(platform=Platform.of(device), dtype=dtype),
+            memory=ParameterMemory(device),
             mesh=Mesh.single() if mesh is None else mesh,
             max_positions=max_positions,
             block_size=block_size,
@@ -179,9 +182,8 @@ class Module(nn.Module):
 
 def _uninitialised(ctx: BuildContext, shape: Shape, dtype: torch.dtype, *, zeros: bool) -> nn.Parameter:
     try:
-        make = torch.zeros if zeros else torch.empty
-        values = make(shape, dtype=dtype, device=ctx.device)
-    except RuntimeError as error:
+        values = ctx.memory.take(shape, dtype, zeros=zeros)
+    except (RuntimeError, OSError) as error:
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
             f"no memory for {ctx.prefix}: {list(shape)} of {name} on {ctx.device}, the model is too large"
