@@ -224,18 +224,18 @@ void decode_split(const Attention& a, const Split& split, float* partial, float*
     }
     [[maybe_unused]] const typename Scores<T>::Held held;
     int64_t offsets[2][TILE_TOKENS];
-    const auto tile_at = [&](int first, int64_t* offset) {
-        const int left = split.end - first, count = left < TILE_TOKENS ? left : TILE_TOKENS;
+    const auto tile_at = [&](int first, int end, int64_t* offset) {
+        const int left = end - first, count = left < TILE_TOKENS ? left : TILE_TOKENS;
         locate(a, split.row, first, count, offset);
         for (int n = count; n < TILE_TOKENS; ++n) offset[n] = offset[0];
         return count;
     };
     int64_t *offset = offsets[0], *next = offsets[1];
-    int count = tile_at(split.begin, offset);
+    int count = tile_at(split.begin, split.end, offset);
     for (int first = split.begin; first < split.end; first += TILE_TOKENS) {
-        const bool last = first + TILE_TOKENS >= split.end;
-        const int next_count = last ? 0 : tile_at(first + TILE_TOKENS, next);
-        const Tile tile = {offset, last ? offset : next, count};
+        const int after = first + count, end = after < split.end ? split.end : split.ahead;
+        const int next_count = after < end ? tile_at(after, end, next) : 0;
+        const Tile tile = {offset, next_count == 0 ? offset : next, count};
         for (int kv_head = split.kv_begin; kv_head < split.kv_end; ++kv_head) {
             const int64_t start = int64_t{kv_head} * head_dim;
             Scores<T>::tile(a, q + kv_head * query_size, k + start, tile, widened, scores);

@@ -104,6 +104,8 @@ int64_t check_positions(const int64_t* positions, int64_t tokens, int64_t limit)
 
 int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
 
+constexpr int64_t TASKS_OF_THREAD = 4;  // at least: one that lost its core for a while costs the others a quarter
+
 }  // namespace
 
 // The first row whose length or blocks are out of range: a wrong table must not become a wild read.
@@ -128,8 +130,8 @@ int64_t mha_decode(const Kernels& kernels, const Attention& a, int threads) {
     for (int32_t row = 0; row < a.rows; ++row) {
         first[row] = static_cast<int64_t>(splits.size());
         for (int32_t begin = 0; begin < a.kv_len[row]; begin += SPLIT_TOKENS) {
-            const int32_t end = begin + SPLIT_TOKENS;
-            splits.push_back({row, begin, end < a.kv_len[row] ? end : a.kv_len[row], 0, a.num_kv_heads});
+            const int32_t end = std::min(begin + SPLIT_TOKENS, a.kv_len[row]);
+            splits.push_back({row, begin, end, end, 0, a.num_kv_heads});
         }
     }
     const int64_t num_splits = static_cast<int64_t>(splits.size());
@@ -139,11 +141,16 @@ int64_t mha_decode(const Kernels& kernels, const Attention& a, int threads) {
     float* partials = memory + each * threads;
     // Few and short rows: every head by itself, so that no thread is without work. No sum runs over heads.
     const int64_t cuts = num_splits < 2 * threads ? a.num_kv_heads : 1;
-    parallel(num_splits * cuts, threads, [&](int64_t task, int worker) {
-        const int64_t i = task / cuts;
-        Split part = splits[i];
-        if (cuts > 1) part.kv_begin = static_cast<int32_t>(task % cuts), part.kv_end = part.kv_begin + 1;
-        kernels.decode_split(a, part, partials + i * partial_size(a), memory + worker * each);
+    // Many splits: some of them together, of which all but the first find their first tokens fetched.
+    const int64_t together = std::max<int64_t>(1, num_splits / (TASKS_OF_THREAD * threads));
+    parallel((num_splits + together - 1) / together * cuts, threads, [&](int64_t task, int worker) {
+        const int64_t begin = task / cuts * together, end = std::min(begin + together, num_splits);
+        for (int64_t i = begin; i < end; ++i) {
+            Split part = splits[i];
+            if (i + 1 < end && splits[i + 1].row == part.row) part.ahead = splits[i + 1].end;
+            if (cuts > 1) part.kv_begin = static_cast<int32_t>(task % cuts), part.kv_end = part.kv_begin + 1;
+            kernels.decode_split(a, part, partials + i * partial_size(a), memory + worker * each);
+        }
     });
     parallel_ranges(a.rows, num_splits / a.rows * partial_size(a), threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {

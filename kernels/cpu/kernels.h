@@ -37,11 +37,13 @@ struct Attention {
     int64_t token_stride() const { return int64_t{num_kv_heads} * head_dim; }
 };
 
-// KV tokens [begin, end) of a row for the KV heads [kv_begin, kv_end): the part of a decode that one task computes.
+// KV tokens [begin, end) of a row for the KV heads [kv_begin, kv_end): the part of a decode with a partial of its own.
+// The same thread computes the row's tokens up to `ahead` next.
 struct Split {
     int32_t row;
     int32_t begin;
     int32_t end;
+    int32_t ahead;
     int32_t kv_begin;
     int32_t kv_end;
 };
