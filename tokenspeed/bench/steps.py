@@ -255,9 +255,9 @@ async def measure(requests: Requests, prefix: Int32Array, new: int, repeats: int
 
 
 def _pause() -> None:
-    import torch  # noqa: PLC0415 - seconds that other programs do without
+    from tokenspeed.executor.kernel_times import hold  # noqa: PLC0415 - seconds that other programs do without
 
-    torch.cuda._sleep(PAUSE)  # type: ignore[no-untyped-call]
+    hold(PAUSE)
 
 
 async def profiled(requests: Requests, prefix: Int32Array, new: int) -> str:
