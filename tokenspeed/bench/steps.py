@@ -254,6 +254,10 @@ async def measure(requests: Requests, prefix: Int32Array, new: int, repeats: int
     )
 
 
+def _here(work: Callable[[], None]) -> None:
+    work()
+
+
 def _pause() -> None:
     from tokenspeed.executor.kernel_times import hold  # noqa: PLC0415 - seconds that other programs do without
 
@@ -269,15 +273,14 @@ async def profiled(requests: Requests, prefix: Int32Array, new: int) -> str:
         for _ in range(PROFILED):
             await requests.ask(np.concatenate((prefix, requests.random(new))), 1)
 
-    loop, plans = cProfile.Profile(), cProfile.Profile()
-    planner().submit(plans.enable).result()
-    loop.enable()
-    await steps()
-    loop.disable()
-    planner().submit(plans.disable).result()
     called = io.StringIO()
-    for each in (loop, plans):
-        pstats.Stats(each, stream=called).sort_stats("tottime").print_stats(40)
+    # One after the other: from Python 3.12 on there is one profiler at a time.
+    for thread in (_here, lambda work: planner().submit(work).result()):
+        profile = cProfile.Profile()
+        thread(profile.enable)
+        await steps()
+        thread(profile.disable)
+        pstats.Stats(profile, stream=called).sort_stats("tottime").print_stats(40)
     with KernelTimes() as kernels:
         await steps()
     return f"{kernels.timeline(PROFILED)}\n\n{kernels.table(PROFILED)}\n{called.getvalue()}"
