@@ -16,10 +16,8 @@ A short chunk has few tiles of queries: up to four pieces are one call then, a b
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from tokenspeed.kernels.one_thread import enqueued
 from tokenspeed.kernels.registry import Target, Traits
 from tokenspeed.kernels.triton import mla_prefill as by_tiles
 from tokenspeed.kernels.triton.launch import dependency_wait, dependent_launch, is_hopper, release_dependents
@@ -134,12 +133,6 @@ def at_once(size: int, heads: int) -> int:
     return pieces
 
 
-@functools.cache
-def planner() -> ThreadPoolExecutor:
-    """The thread that has cuDNN's plans."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenspeed-cudnn")
-
-
 class MlaPrefill(by_tiles.MlaPrefill):
     """The op for one head shape; see `ops.MlaPrefill`. Long chunks belong to prompts: the host knows their length."""
 
@@ -163,8 +156,7 @@ class MlaPrefill(by_tiles.MlaPrefill):
         )
         if not (q.is_cuda and any(map(self._in_pieces, query_lens, kv_lens))):
             return rows()
-        # All rows at once: handing something to another thread and having it back costs more than a launch.
-        return planner().submit(_on_stream, torch.cuda.current_stream(q.device), rows).result()
+        return enqueued(rows, q.device)
 
     def _expanded(
         self, q: Tensor, kv_cache: Tensor, table: Tensor, kv_len: Tensor, length: int, up: tuple[Tensor, Tensor],
@@ -269,12 +261,6 @@ def _merged(parts: list[Part], count: int, out: Tensor | None = None) -> Part:
         **dependent_launch(dependent),
     )  # fmt: skip
     return out, total
-
-
-@torch.inference_mode()
-def _on_stream(stream: torch.cuda.Stream, work: Callable[[], Tensor]) -> Tensor:
-    with torch.cuda.stream(stream):
-        return work()
 
 
 def bind(target: Target, traits: Traits) -> MlaPrefill:

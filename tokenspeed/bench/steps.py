@@ -267,7 +267,7 @@ def _pause() -> None:
 async def profiled(requests: Requests, prefix: Int32Array, new: int) -> str:
     """What a step's kernels took, and what the threads that enqueue it called."""
     from tokenspeed.executor.kernel_times import KernelTimes  # noqa: PLC0415
-    from tokenspeed.kernels.library.mla_prefill import planner  # noqa: PLC0415
+    from tokenspeed.kernels.one_thread import the_thread  # noqa: PLC0415
 
     async def steps() -> None:
         for _ in range(PROFILED):
@@ -275,7 +275,7 @@ async def profiled(requests: Requests, prefix: Int32Array, new: int) -> str:
 
     called = io.StringIO()
     # One after the other: from Python 3.12 on there is one profiler at a time.
-    for thread in (_here, lambda work: planner().submit(work).result()):
+    for thread in (_here, lambda work: the_thread().submit(work).result()):
         profile = cProfile.Profile()
         thread(profile.enable)
         await steps()
