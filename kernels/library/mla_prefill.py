@@ -202,9 +202,9 @@ class MlaPrefill(by_tiles.MlaPrefill):
 
     def _parts(self, q: Tensor, kv: Part, pieces: int, scale: float, causal: bool = True) -> list[Part]:
         """Those of `pieces` neighbouring pieces of keys and values, each with all queries."""
-        k, v = (each.unflatten(0, (pieces, -1)) for each in kv)
+        k, v = (each.view(pieces, -1, *each.shape[1:]) for each in kv)
         out, lse = self.attention(q.expand(pieces, *q.shape).contiguous(), k, v, causal, scale)
-        return list(zip(out, lse, strict=True))
+        return [(out[piece], lse[piece]) for piece in range(pieces)]
 
     def _expand(self, row: _Row, first: int, count: int, size: int) -> Part:
         """Keys [S,H,N+P] and values [S,H,V] of `count` tokens from `first` on (from the row's end if negative), the
