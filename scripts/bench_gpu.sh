@@ -9,13 +9,14 @@
 #   start    V2L's shape from a checkpoint of 31 GB: the first start and a second one; needs 35 GB of disk
 #   ranks    (asked for by name, 2 GPUs) collectives, decode steps of V2L's shape over ranks beside what is predicted, then served
 #   groups   (asked for by name, 2 GPUs) ranks that attend to requests of their own: tests, then as `ranks` with experts cut and dealt
+#   steps    steps with prompts: what the host enqueues and what the device needs, alone and beside streams, then by kind in turns of 8 and 12 sessions
 #   agentic  first tokens of cold prompts, then turns of 1 to 12 sessions (from the same checkpoint if `start` ran)
 # Without a part: all. BANDWIDTH: bytes a second of a read-only stream on this GPU, for the limits. PROFILE=FILE: kernels, three steps and the loop's
 # thread of every decode row, into that file. Peers are as measured on an H100 80 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} bandwidth=${BANDWIDTH:-3150e9}
-parts=" ${*:-check sanitize kernels llama v2l prefill start agentic} "
+parts=" ${*:-check sanitize kernels llama v2l prefill start steps agentic} "
 "$python" setup.py -q build_ext --inplace
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 folder=$(mktemp -d)
@@ -154,6 +155,11 @@ if wanted start; then
     ready "$folder/v2l"
     ready "$folder/v2l"
     model=(--model "$folder/v2l")
+fi
+if wanted steps; then
+    "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only
+    "$python" -m tokenspeed.bench steps "${model[@]}" --new 64 128 256 512 816 2048 --beside 0 8 --sessions 8 12 \
+        ${PROFILE:+--profile "$PROFILE"}
 fi
 if wanted agentic; then
     "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only

@@ -8,8 +8,8 @@ these: out = Σ exp(lse_i) out_i / Σ exp(lse_i). On an H100 cuDNN reaches 540 T
 cuDNN builds a plan, 35 to 70 ms of host time, for every combination of lengths, and torch keeps the plans by thread.
 Hence few lengths: pieces are of one, and queries are padded to the next of `chunks`, which from 1,024 on costs nothing
 where it fills up a wave (16 heads of 8 tiles on 132 multiprocessors). And hence one thread of our own that all of it
-goes through, whichever thread enqueues a step. The padding of a causal square lies behind its last query: no query that
-counts sees it, and its keys and values are zeros because 0 · NaN is NaN.
+goes through (`one_thread.py`), whichever thread runs a step. The padding of a causal square lies behind its last query:
+no query that counts sees it, and its keys and values are zeros because 0 · NaN is NaN.
 
 A short chunk has few tiles of queries: up to four pieces are one call then, a batch, for whole waves of the device.
 """
