@@ -7,6 +7,7 @@ import dataclasses
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tokenspeed.executor.device_step import StepOps
 from tokenspeed.executor.gpu import GpuExecutor
 from tokenspeed.executor.load import load_executor
 from tokenspeed.executor.masks import num_words
+from tokenspeed.kernels.one_thread import NAME, enqueued
 from tokenspeed.layers.forward import ForwardInput
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
@@ -159,6 +161,20 @@ def test_launch_waits_for_nothing_and_the_event_loop_stays_free(tmp_path: Path) 
 
     asyncio.run(run())
     executor.close()
+
+
+def test_what_a_step_hands_to_the_thread_that_enqueues_is_in_it_already() -> None:
+    stream, found = torch.cuda.Stream(), []
+
+    def work() -> torch.Tensor:
+        found.append((threading.current_thread().name, torch.cuda.current_stream() == stream))
+        return torch.ones(3, device=GPU)
+
+    with torch.cuda.stream(stream):
+        ones = enqueued(lambda: enqueued(work, GPU), GPU)
+        assert ones.tolist() == [1.0, 1.0, 1.0]
+    ((name, same),) = found
+    assert name.startswith(NAME) and same
 
 
 def whole_logits(model: CausalLM, ids: torch.Tensor, block_size: int, num_decoded: int) -> torch.Tensor:
