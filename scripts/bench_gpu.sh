@@ -15,6 +15,7 @@
 #     four-cut, four-dealt, four-own    sessions of agents, V2L's shape, in each of these
 #     four-plot   the best layout at 70, 100 and 200 tok/s a user, and a plot, of what FIGURES has
 #   alone    (asked for by name) what one of four ranks computes, collectives left out: both shapes below in each layout
+#   steps    steps with prompts: what the host enqueues and what the device needs, alone and beside streams, then by kind in turns of 8 and 12 sessions
 #   agentic  first tokens of cold prompts, then turns of 1 to 12 sessions (from the same checkpoint if `start` ran)
 # Without a part: all. BANDWIDTH: bytes a second of a read-only stream on this GPU, for the limits. PROFILE=FILE: kernels, three steps and the loop's
 # thread of every decode row, into that file. FIGURES: a folder for what `four` finds, from one call to the
@@ -23,7 +24,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} bandwidth=${BANDWIDTH:-3150e9}
 figures=${FIGURES:-${OUT:-/tmp/four-figures}}
-parts=" ${*:-check sanitize kernels llama v2l prefill start agentic} "
+parts=" ${*:-check sanitize kernels llama v2l prefill start steps agentic} "
 [[ $parts == *" four "* ]] && parts+="four-same four-v2l four-k2 four-cut four-dealt four-own four-plot "
 "$python" setup.py -q build_ext --inplace
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
@@ -220,6 +221,11 @@ if wanted start; then
     ready "$folder/v2l"
     ready "$folder/v2l"
     model=(--model "$folder/v2l")
+fi
+if wanted steps; then
+    "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only
+    "$python" -m tokenspeed.bench steps "${model[@]}" --new 64 128 256 512 816 2048 --beside 0 8 --sessions 8 12 \
+        ${PROFILE:+--profile "$PROFILE"}
 fi
 if wanted agentic; then
     "$python" scripts/make_checkpoint.py v2l "$folder/v2l-config" --config-only

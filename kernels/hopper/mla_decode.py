@@ -227,6 +227,9 @@ class MlaDecode:
         self.rank = rank
         self.rope_dim = rope_dim
         self.config = config or Config()
+        # Of the last cache, which is a layer's only one: to describe it takes the host as long as a launch.
+        self._cache: Tensor | None = None
+        self._described: tuple[Any, Any] = (None, None)
 
     def __call__(
         self, q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, block_table: Tensor, kv_len: Tensor, scale: float, /
@@ -257,9 +260,11 @@ class MlaDecode:
         column_blocks = triton.cdiv(width, columns)
         shares = self.config.shares or max(1, num_multiprocessors(q_latent.device) // column_blocks)
         found = Shares.empty(shares, rows, width, rank, BLOCK_N, q_latent)
-        flat = kv_cache.view(-1, rank + self.rope_dim)
+        if self._cache is not kv_cache:
+            flat = kv_cache.view(-1, rank + self.rope_dim)
+            self._cache, self._described = kv_cache, (_tiles(flat, rank), _tiles(flat, self.rope_dim))
         _shares[shares, column_blocks](
-            q_latent, q_rope, _tiles(flat, rank), _tiles(flat, self.rope_dim), block_table, kv_len,
+            q_latent, q_rope, *self._described, block_table, kv_len,
             found.partial if out is None else out, found.partial, found.lse,
             scale * LOG2_E, rows, num_queries, block_table.stride(0), *q_latent.stride()[:3], *q_rope.stride()[:3],
             HEADS=num_heads, C=rank, P=self.rope_dim, BLOCK_SIZE=kv_cache.shape[1], COLUMNS=columns,

@@ -8,18 +8,16 @@ these: out = Σ exp(lse_i) out_i / Σ exp(lse_i). On an H100 cuDNN reaches 540 T
 cuDNN builds a plan, 35 to 70 ms of host time, for every combination of lengths, and torch keeps the plans by thread.
 Hence few lengths: pieces are of one, and queries are padded to the next of `chunks`, which from 1,024 on costs nothing
 where it fills up a wave (16 heads of 8 tiles on 132 multiprocessors). And hence one thread of our own that all of it
-goes through, whichever thread enqueues a step. The padding of a causal square lies behind its last query: no query that
-counts sees it, and its keys and values are zeros because 0 · NaN is NaN.
+goes through (`one_thread.py`), whichever thread runs a step. The padding of a causal square lies behind its last query:
+no query that counts sees it, and its keys and values are zeros because 0 · NaN is NaN.
 
 A short chunk has few tiles of queries: up to four pieces are one call then, a batch, for whole waves of the device.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from tokenspeed.kernels.one_thread import enqueued
 from tokenspeed.kernels.registry import Target, Traits
 from tokenspeed.kernels.triton import mla_prefill as by_tiles
 from tokenspeed.kernels.triton.launch import dependency_wait, dependent_launch, is_hopper, release_dependents
@@ -134,12 +133,6 @@ def at_once(size: int, heads: int) -> int:
     return pieces
 
 
-@functools.cache
-def planner() -> ThreadPoolExecutor:
-    """The thread that has cuDNN's plans."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenspeed-cudnn")
-
-
 class MlaPrefill(by_tiles.MlaPrefill):
     """The op for one head shape; see `ops.MlaPrefill`. Long chunks belong to prompts: the host knows their length."""
 
@@ -163,8 +156,7 @@ class MlaPrefill(by_tiles.MlaPrefill):
         )
         if not (q.is_cuda and any(map(self._in_pieces, query_lens, kv_lens))):
             return rows()
-        # All rows at once: handing something to another thread and having it back costs more than a launch.
-        return planner().submit(_on_stream, torch.cuda.current_stream(q.device), rows).result()
+        return enqueued(rows, q.device)
 
     def _expanded(
         self, q: Tensor, kv_cache: Tensor, table: Tensor, kv_len: Tensor, length: int, up: tuple[Tensor, Tensor],
@@ -210,9 +202,9 @@ class MlaPrefill(by_tiles.MlaPrefill):
 
     def _parts(self, q: Tensor, kv: Part, pieces: int, scale: float, causal: bool = True) -> list[Part]:
         """Those of `pieces` neighbouring pieces of keys and values, each with all queries."""
-        k, v = (each.unflatten(0, (pieces, -1)) for each in kv)
+        k, v = (each.view(pieces, -1, *each.shape[1:]) for each in kv)
         out, lse = self.attention(q.expand(pieces, *q.shape).contiguous(), k, v, causal, scale)
-        return list(zip(out, lse, strict=True))
+        return [(out[piece], lse[piece]) for piece in range(pieces)]
 
     def _expand(self, row: _Row, first: int, count: int, size: int) -> Part:
         """Keys [S,H,N+P] and values [S,H,V] of `count` tokens from `first` on (from the row's end if negative), the
@@ -269,12 +261,6 @@ def _merged(parts: list[Part], count: int, out: Tensor | None = None) -> Part:
         **dependent_launch(dependent),
     )  # fmt: skip
     return out, total
-
-
-@torch.inference_mode()
-def _on_stream(stream: torch.cuda.Stream, work: Callable[[], Tensor]) -> Tensor:
-    with torch.cuda.stream(stream):
-        return work()
 
 
 def bind(target: Target, traits: Traits) -> MlaPrefill:

@@ -21,6 +21,7 @@ class HashModel:
     def __init__(self) -> None:
         self.kv_spec = [KVSpec((("unused", (2, 3)),)), KVSpec((("number", (1,)), ("copy", (2,))))]
         self.inputs: list[ForwardInput] = []
+        self.pieces = None
 
     def forward(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor:
         self.inputs.append(inputs)

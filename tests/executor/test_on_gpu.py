@@ -7,6 +7,7 @@ import dataclasses
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tokenspeed.executor.device_step import StepOps
 from tokenspeed.executor.gpu import GpuExecutor
 from tokenspeed.executor.load import load_executor
 from tokenspeed.executor.masks import num_words
+from tokenspeed.kernels.one_thread import NAME, enqueued
 from tokenspeed.layers.forward import ForwardInput
 from tokenspeed.layers.module import BuildContext
 from tokenspeed.models.causal_lm import CausalLM
@@ -37,12 +39,13 @@ from tokenspeed.request import SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-LIMITS = BatchLimits(max_rows=12, max_tokens=48, max_blocks=20, block_size=16)
+# Steps with prompts are padded to 16 and to 64 tokens, and larger ones run as they are.
+LIMITS = BatchLimits(max_rows=12, max_tokens=80, max_blocks=20, block_size=16)
 NUM_BLOCKS = 120
 GPU = torch.device("cuda")
 
 
-LATENT_LIMITS = BatchLimits(max_rows=12, max_tokens=48, max_blocks=5, block_size=64)
+LATENT_LIMITS = BatchLimits(max_rows=12, max_tokens=80, max_blocks=5, block_size=64)
 LATENT = {
     "hidden_size": 256, "num_attention_heads": 16, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 128,
@@ -137,26 +140,41 @@ def test_launch_waits_for_nothing_and_the_event_loop_stays_free(tmp_path: Path) 
         first = plan_of(
             executor.new_buffers(), rows, bound=range(12), deltas=[(slot, 0, slot) for slot in range(12)]
         )
-        await executor.launch(first, [binding_of([1, 2, 3])] * 12).tokens()
         rows = [(slot, 3, (ON_DEVICE,)) for slot in range(12)]
-        plan = plan_of(executor.new_buffers(), rows, step=2)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(400_000_000)  # about 0.2 s of device time in front of the step
-        start = time.perf_counter()
-        torch.cuda.set_sync_debug_mode("error")
-        flight = executor.launch(plan, [])
-        torch.cuda.set_sync_debug_mode("default")
-        assert time.perf_counter() - start < 0.05
-        waiting = asyncio.create_task(flight.tokens())
-        ticks = 0
-        while not waiting.done():
-            await asyncio.sleep(0.001)
-            ticks += 1
-        assert ticks > 20
-        assert (await waiting).tokens.shape == (12, 1)
+        second = plan_of(executor.new_buffers(), rows, step=2)
+        # Prompts whose slots are bound, then a step of decode rows.
+        for plan, bindings in ((first, [binding_of([1, 2, 3])] * 12), (second, [])):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(400_000_000)  # about 0.2 s of device time in front of the step
+            start = time.perf_counter()
+            torch.cuda.set_sync_debug_mode("error")
+            flight = executor.launch(plan, bindings)
+            torch.cuda.set_sync_debug_mode("default")
+            assert time.perf_counter() - start < 0.05
+            waiting = asyncio.create_task(flight.tokens())
+            ticks = 0
+            while not waiting.done():
+                await asyncio.sleep(0.001)
+                ticks += 1
+            assert ticks > 20
+            assert (await waiting).tokens.shape == (12, 1)
 
     asyncio.run(run())
     executor.close()
+
+
+def test_what_a_step_hands_to_the_thread_that_enqueues_is_in_it_already() -> None:
+    stream, found = torch.cuda.Stream(), []
+
+    def work() -> torch.Tensor:
+        found.append((threading.current_thread().name, torch.cuda.current_stream() == stream))
+        return torch.ones(3, device=GPU)
+
+    with torch.cuda.stream(stream):
+        ones = enqueued(lambda: enqueued(work, GPU), GPU)
+        assert ones.tolist() == [1.0, 1.0, 1.0]
+    ((name, same),) = found
+    assert name.startswith(NAME) and same
 
 
 def whole_logits(model: CausalLM, ids: torch.Tensor, block_size: int, num_decoded: int) -> torch.Tensor:

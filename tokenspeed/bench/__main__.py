@@ -1,8 +1,8 @@
 """`python -m tokenspeed.bench NAME …`: benchmark programs.
 
 `serve` measures a running server over HTTP, `control` the control plane alone, `decode` the engine without a front end,
-`agentic` sessions of agents on the engine, `pareto` what these found in several layouts as a plot, `front` the front
-end without an engine, `gateway` its gRPC door, `grammars` structured output.
+`steps` its steps with prompts, `agentic` sessions of agents on the engine, `pareto` what these found in several layouts
+as a plot, `front` the front end without an engine, `gateway` its gRPC door, `grammars` structured output.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tokenspeed.bench import agentic, control, decode, front, grammars, pareto, serve
+from tokenspeed.bench import agentic, control, decode, front, grammars, pareto, serve, steps
 
 
 def main() -> int:
@@ -26,6 +26,9 @@ def main() -> int:
     decode.add_flags(
         programs.add_parser("decode", help="decode rates of the engine without a front end", description=decode.__doc__)
     )
+    steps.add_flags(
+        programs.add_parser("steps", help="steps with prompts, on the host and the device", description=steps.__doc__)
+    )
     agentic.add_flags(
         programs.add_parser("agentic", help="turns of agents' sessions, in a closed loop", description=agentic.__doc__)
     )
@@ -35,9 +38,7 @@ def main() -> int:
     front.add_flags(
         programs.add_parser("front", help="what the front end costs a streamed token", description=front.__doc__)
     )
-    front.add_flags(
-        programs.add_parser("gateway", help="the same of a token over gRPC, which needs the extra smg")
-    )
+    front.add_flags(programs.add_parser("gateway", help="the same of a token over gRPC, which needs the extra smg"))
     grammars.add_flags(
         programs.add_parser("grammars", help="what structured output costs", description=grammars.__doc__)
     )
@@ -46,6 +47,7 @@ def main() -> int:
         "serve": serve.main,
         "control": control.main,
         "decode": decode.main,
+        "steps": steps.main,
         "agentic": agentic.main,
         "pareto": pareto.main,
         "front": front.main,

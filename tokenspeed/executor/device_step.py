@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, Self
 
 import torch
 
 from tokenspeed.batch import BatchLimits
 from tokenspeed.executor.interface import Peers
+from tokenspeed.executor.pieces import PieceGraphs
 from tokenspeed.executor.slot_tables import SlotTables
 from tokenspeed.executor.staging import DevicePlan
 from tokenspeed.kernels import ops
+from tokenspeed.kernels.one_thread import enqueued
 from tokenspeed.kernels.slot_state import DISAGREES, NO_BLOCK
 from tokenspeed.layers.forward import ForwardInput, KVSpec, LayerKV
+from tokenspeed.models.causal_lm import Pieces
 
 
 class Model(Protocol):
@@ -26,6 +30,11 @@ class Model(Protocol):
 
     @property
     def kv_spec(self) -> list[KVSpec]: ...
+
+    @property
+    def pieces(self) -> Pieces | None:
+        """What of it may be captured in steps with prompts; None: nothing."""
+        ...
 
     def forward(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor: ...
 
@@ -67,6 +76,9 @@ class DeviceStep:
         self._counting = torch.arange(max(limits.max_tokens, limits.max_rows) + 1, device=tables.device)
         self._starts = self._counting[: limits.max_rows + 1].int()
         self._hidden: torch.Tensor | None = None
+        self.pieces = None
+        if (pieces := model.pieces) is not None:
+            self.pieces = PieceGraphs(pieces, kv, limits.max_tokens, tables.device)
         self._max_rows = limits.max_rows
         groups, group = (1, 0) if peers is None else (peers.num_groups, peers.group)
         self.results = torch.zeros(1 + groups, limits.max_rows, dtype=torch.int32, device=tables.device)
@@ -104,7 +116,10 @@ class DeviceStep:
         """Rows of any number of new tokens, `num_decode` rows of one first. Hidden states of all tokens [T, H].
         `padded_tokens` as in `ForwardInput`."""
         inputs = self._inputs(num_decode, query_lens, kv_lens, padded_tokens)
-        hidden = self._model.forward(inputs, self._kv)
+        pieces, work = self.pieces, partial(self._model.forward, inputs, self._kv)
+        if pieces is not None and num_decode < len(query_lens) and len(inputs.token_ids) <= pieces.most:
+            work = partial(pieces, inputs)
+        hidden = enqueued(work, self._tables.device)
         self._keep(hidden, samples)
         return hidden
 

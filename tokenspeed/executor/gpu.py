@@ -107,6 +107,12 @@ class GpuExecutor:
     def num_blocks(self) -> int:
         return self._num_blocks
 
+    @property
+    def num_graphs(self) -> int:
+        """How many `capture` has made."""
+        pieces = self._step.pieces
+        return len(self._graphs) + (0 if pieces is None else len(pieces))
+
     def new_buffers(self) -> Staging:
         groups = 1 if self._peers is None else self._peers.num_groups
         return Staging(self._limits, self._vocab_size, self._device, groups)
@@ -136,6 +142,8 @@ class GpuExecutor:
         start = time.perf_counter()
         self._clear_plan()
         self._graphs.capture()
+        if self._step.pieces is not None:
+            self._step.pieces.capture()
         torch.cuda.synchronize(self._device)
         return time.perf_counter() - start
 
@@ -178,6 +186,8 @@ class GpuExecutor:
             self._queue.put(None)
         self._thread.join()
         self._graphs.release()
+        if self._step.pieces is not None:
+            self._step.pieces.release()
 
     def _land(self) -> None:
         failure: BaseException | None = None

@@ -52,6 +52,9 @@ class Graphs:
         self._work = {"decode": decode, "head": head}
         self._captured: dict[tuple[str, int], Captured] = {}
 
+    def __len__(self) -> int:
+        return len(self._captured)
+
     def size(self, rows: int) -> int:
         """The least bucket that holds `rows`."""
         return next(size for size in self._sizes if size >= rows)

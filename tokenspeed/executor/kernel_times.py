@@ -26,6 +26,12 @@ def available() -> bool:
     return torch.cuda.is_available()
 
 
+def hold(cycles: int) -> None:
+    """Keep the device from whatever is enqueued next for so many cycles of its clock: it then begins with all of it
+    there, and waits for nobody."""
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
+
 class KernelTimes:
     """Records what runs on the device while it is entered. A kernel that begins before the one before it has ended
     counts its waiting too, so that the times may add up to more than the steps took."""

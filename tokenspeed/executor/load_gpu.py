@@ -12,7 +12,6 @@ from tokenspeed.batch import BatchLimits
 from tokenspeed.errors import ConfigError
 from tokenspeed.executor.device_step import Model, StepOps
 from tokenspeed.executor.gpu import GpuExecutor
-from tokenspeed.executor.graphs import buckets
 from tokenspeed.executor.late_kernels import report_late_kernels
 from tokenspeed.executor.memory import mib, num_kv_blocks
 from tokenspeed.executor.slot_tables import SlotTables
@@ -112,6 +111,6 @@ def start_gpu(
         report_late_kernels()
     return started, pool_blocks, (
         f"{torch.cuda.get_device_name(device)}; a step takes {mib(before - warm)}, "
-        f"{2 * len(buckets(limits.max_rows))} graphs {mib(warm - left)}, tried in {first:.1f} s and captured in "
+        f"{started.num_graphs} graphs {mib(warm - left)}, tried in {first:.1f} s and captured in "
         f"{seconds:.1f} s"
     )

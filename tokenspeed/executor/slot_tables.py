@@ -89,8 +89,9 @@ class SlotTables:
         tables = self.state._asdict()
         for name, column in columns.items():
             tables[name][slots] = column
-        self.state.length[slots] = UNMAPPED
-        self.block_table[slots] = UNMAPPED
+        # A number assigned to indexed rows would be copied from the host, which waits for all that is enqueued.
+        self.state.length.index_fill_(0, slots, UNMAPPED)
+        self.block_table.index_fill_(0, slots, UNMAPPED)
         for slot, binding in bound:
             self.release(slot)
             if self.features[slot] & Feature.EDITS:

@@ -11,7 +11,7 @@ import torch
 
 from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import ops
-from tokenspeed.layers.forward import ForwardInput, KVSpec, LayerKV
+from tokenspeed.layers.forward import ForwardInput, KVSpec, LayerKV, Places
 from tokenspeed.layers.linear import ColumnLinear, RowLinear
 from tokenspeed.layers.module import BuildContext, Module
 from tokenspeed.layers.norm import RMSNorm
@@ -74,6 +74,19 @@ class AttentionInput:
 def cache_rows(inputs: ForwardInput) -> ops.CacheRows:
     """The rows of a step of decode rows alone, as the ops of whole blocks take them."""
     return ops.CacheRows(inputs.positions, inputs.kv_slots, inputs.kv_len, inputs.block_table, inputs.kv_lens)
+
+
+def joined(parts: list[torch.Tensor], out: torch.Tensor | None) -> torch.Tensor:
+    """What decode rows and prefill rows gave, [·, Hq, V] each, as one [T, Hq · V], in `out` if given."""
+    if out is None:
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.reshape(whole.shape[0], -1)
+    by_head = out.view(out.shape[0], *parts[0].shape[1:])
+    if len(parts) == 1:
+        by_head.copy_(parts[0])
+    else:
+        torch.cat(parts, out=by_head)
+    return out
 
 
 def heads_of_a_rank(mesh: Mesh, axis: str, num_heads: int) -> int:
@@ -142,10 +155,20 @@ class PagedAttention(Module):
 
     def forward(self, qkv: torch.Tensor, inputs: AttentionInput, kv: LayerKV) -> torch.Tensor:
         """qkv [T, (Hq + 2 Hk) D], overwritten → [T, Hq D]."""
+        return self.attend(self.enter(qkv, inputs, kv), inputs, kv)
+
+    def enter(self, qkv: torch.Tensor, places: Places, kv: LayerKV) -> torch.Tensor:
+        """qkv, overwritten → rotated queries [T, Hq, D]; keys and values enter the cache."""
         heads = qkv.view(qkv.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = self._rotate(q, k, inputs.positions, self.cos_sin)
-        self._store((k, v), kv, inputs.kv_slots)
+        q, k = self._rotate(q, k, places.positions, self.cos_sin)
+        self._store((k, v), kv, places.kv_slots)
+        return q
+
+    def attend(
+        self, q: torch.Tensor, inputs: AttentionInput, kv: LayerKV, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rotated queries [T, Hq, D] → [T, Hq D]."""
         k_cache, v_cache = kv
         decode, prefill = inputs.decode, inputs.prefill
         parts: list[torch.Tensor] = []
@@ -168,8 +191,7 @@ class PagedAttention(Module):
                     self.scale,
                 )
             )
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.reshape(out.shape[0], self.num_heads * self.head_dim)
+        return joined(parts, out)
 
 
 class QKNorm(Module):
@@ -198,13 +220,33 @@ class QKNorm(Module):
 
 
 class Attention(Module):
-    """What a decoder layer asks of its attention: `kv_spec`, and hidden states in and out."""
+    """What a decoder layer asks of its attention: `kv_spec`, and hidden states in and out.
+
+    `forward` is `enter`, `attend` and `leave`. The first and the last depend on the number of tokens alone, and may be
+    captured; whatever depends on rows and their lengths is in between.
+    """
 
     kv_spec: KVSpec
+    attended_width: int
+    """Hq · V of a rank."""
 
-    @abstractmethod
     def forward(self, x: torch.Tensor, inputs: AttentionInput, kv: LayerKV) -> torch.Tensor:
         """x [T, H] → [T, H]; `kv` is this layer's cache, written in place."""
+        return self.leave(self.attend(self.enter(x, inputs, kv), inputs, kv))
+
+    @abstractmethod
+    def enter(self, x: torch.Tensor, places: Places, kv: LayerKV) -> torch.Tensor:
+        """x [T, H] → queries [T, Hq, …]; what the cache keeps of these tokens enters it."""
+
+    @abstractmethod
+    def attend(
+        self, q: torch.Tensor, inputs: AttentionInput, kv: LayerKV, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Queries [T, Hq, …] over the cache → [T, Hq · V], in `out` if given."""
+
+    @abstractmethod
+    def leave(self, attended: torch.Tensor) -> torch.Tensor:
+        """[T, Hq · V] → [T, H]."""
 
     @abstractmethod
     def decode(
@@ -269,6 +311,7 @@ class GQAAttention(Attention):
             axis=axis,
         )
         self.o_proj = RowLinear(ctx, columns_out, {"o_proj": hidden_size}, axis=axis, bias=out_bias)
+        self.attended_width = num_heads * head_dim
         self.kv_spec = KVSpec((("k", (num_kv_heads, head_dim)), ("v", (num_kv_heads, head_dim))))
         self._head_eps, self._scale = 0.0 if qk_norm_eps is None else qk_norm_eps, self.attention.scale
         self._weights_of_block = ops.GqaWeights(
@@ -300,11 +343,19 @@ class GQAAttention(Attention):
         yield "attention", self.attention
         yield "o_proj", self.o_proj
 
-    def forward(self, x: torch.Tensor, inputs: AttentionInput, kv: LayerKV) -> torch.Tensor:
+    def enter(self, x: torch.Tensor, places: Places, kv: LayerKV) -> torch.Tensor:
         qkv = self.qkv_proj(x)
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)
-        out: torch.Tensor = self.o_proj(self.attention(qkv, inputs, kv))
+        return self.attention.enter(qkv, places, kv)
+
+    def attend(
+        self, q: torch.Tensor, inputs: AttentionInput, kv: LayerKV, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.attention.attend(q, inputs, kv, out)
+
+    def leave(self, attended: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.o_proj(attended)
         return out
 
     def decode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -26,6 +27,26 @@ class KVSpec:
 
 LayerKV = tuple[torch.Tensor, ...]
 """The cache of one layer, in the order of its `KVSpec`: each [num_blocks, block_size, *shape]."""
+
+
+class Places(Protocol):
+    """Where tokens stand and where their KV goes, as in `ForwardInput`."""
+
+    @property
+    def positions(self) -> torch.Tensor: ...
+
+    @property
+    def kv_slots(self) -> torch.Tensor: ...
+
+
+class TokenInput(NamedTuple):
+    """T tokens as everything but attention sees them; fields as in `ForwardInput`. With `num_tokens` [1] int32 those
+    from there on are padding, whose `kv_slots` are −1."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+    num_tokens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +76,7 @@ class ForwardInput:
     block_size: int
     num_tokens: torch.Tensor | None = None
     padded_tokens: int | None = None
+
+    @property
+    def tokens(self) -> TokenInput:
+        return TokenInput(self.token_ids, self.positions, self.kv_slots, self.num_tokens)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from tokenspeed.kernels import ops
-from tokenspeed.layers.attention import Attention, AttentionInput, heads_of_a_rank
-from tokenspeed.layers.forward import KVSpec, LayerKV
+from tokenspeed.layers.attention import Attention, AttentionInput, heads_of_a_rank, joined
+from tokenspeed.layers.forward import KVSpec, LayerKV, Places
 from tokenspeed.layers.linear import ColumnLinear, ReplicatedLinear, RowLinear
 from tokenspeed.layers.module import BuildContext, Module
 from tokenspeed.layers.norm import RMSNorm
@@ -97,11 +97,23 @@ class LatentAttention(Module):
         self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, inputs: AttentionInput, kv: LayerKV
     ) -> torch.Tensor:
         """q [T, Hq (N + P)] and k_rope [T, P], both rotated in place, latent [T, C] → [T, Hq V]."""
+        return self.attend(self.enter(q, latent, k_rope, inputs, kv), inputs, kv)
+
+    def enter(
+        self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, places: Places, kv: LayerKV
+    ) -> torch.Tensor:
+        """As `forward` → rotated queries [T, Hq, N + P]; latents and rotated keys enter the cache."""
         shape = self.shape
         heads = q.view(-1, shape.num_heads, shape.qk_dim)
-        self._rotate(heads[..., shape.nope_dim :], k_rope.unsqueeze(1), inputs.positions, self.cos_sin)
-        self._store((torch.cat((latent, k_rope), dim=-1),), kv, inputs.kv_slots)
-        (cache,) = kv
+        self._rotate(heads[..., shape.nope_dim :], k_rope.unsqueeze(1), places.positions, self.cos_sin)
+        self._store((torch.cat((latent, k_rope), dim=-1),), kv, places.kv_slots)
+        return heads
+
+    def attend(
+        self, heads: torch.Tensor, inputs: AttentionInput, kv: LayerKV, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rotated queries [T, Hq, N + P] → [T, Hq V]."""
+        shape, (cache,) = self.shape, kv
         decode, prefill = inputs.decode, inputs.prefill
         parts: list[torch.Tensor] = []
         if decode.num_rows:
@@ -126,8 +138,7 @@ class LatentAttention(Module):
                     self.scale,
                 )
             )
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.reshape(out.shape[0], shape.num_heads * shape.v_dim)
+        return joined(parts, out)
 
 
 class MLAAttention(Attention):
@@ -165,6 +176,7 @@ class MLAAttention(Attention):
         )
         self.o_proj = RowLinear(ctx, shape.num_heads * shape.v_dim, {"o_proj": hidden_size}, axis=axis, bias=bias)
         self.shape = self.attention.shape
+        self.attended_width = self.shape.num_heads * shape.v_dim
         self.kv_spec = KVSpec((("latent", (shape.kv_lora_rank + shape.rope_dim,)),))
         self._weights_of_block = ops.MlaWeights(
             down=self.down_proj.plain,
@@ -200,14 +212,22 @@ class MLAAttention(Attention):
         yield "attention", self.attention
         yield "o_proj", self.o_proj
 
-    def forward(self, x: torch.Tensor, inputs: AttentionInput, kv: LayerKV) -> torch.Tensor:
+    def enter(self, x: torch.Tensor, places: Places, kv: LayerKV) -> torch.Tensor:
         down = self.down_proj(x)
         if self.q_a_layernorm is not None:
             x, down = down.tensor_split((self.shape.q_lora_rank,), dim=-1)
             x = self.q_a_layernorm(x, None)[0]
         latent, k_rope = down.tensor_split((self.shape.kv_lora_rank,), dim=-1)
         latent = self.kv_a_layernorm(latent, None)[0]
-        out: torch.Tensor = self.o_proj(self.attention(self.q_up_proj(x), latent, k_rope, inputs, kv))
+        return self.attention.enter(self.q_up_proj(x), latent, k_rope, places, kv)
+
+    def attend(
+        self, q: torch.Tensor, inputs: AttentionInput, kv: LayerKV, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.attention.attend(q, inputs, kv, out)
+
+    def leave(self, attended: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.o_proj(attended)
         return out
 
     def decode(

@@ -61,8 +61,8 @@ class GatedMLP(Module):
             ("down_proj", self.down_proj),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, H] → [T, H]."""
+    def forward(self, x: torch.Tensor, num_tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, H] → [T, H]. What rows from `num_tokens` on give is of no interest, as in `decode`."""
         out: torch.Tensor = self.down_proj(self.activation(self.gate_up_proj(x)))
         return out
 

@@ -12,12 +12,12 @@ from tokenspeed.checkpoint.config import ModelConfig
 from tokenspeed.kernels import ops
 from tokenspeed.layers.attention import Attention, AttentionInput, GQAAttention, GqaSizes, cache_rows
 from tokenspeed.layers.embedding import Embedding, LMHead
-from tokenspeed.layers.forward import ForwardInput, LayerKV
+from tokenspeed.layers.forward import ForwardInput, LayerKV, TokenInput
 from tokenspeed.layers.mlp import GatedMLP
 from tokenspeed.layers.module import BuildContext, Module
 from tokenspeed.layers.moe import MoE
 from tokenspeed.layers.norm import RMSNorm
-from tokenspeed.models.causal_lm import CausalLM
+from tokenspeed.models.causal_lm import CausalLM, Pieces
 from tokenspeed.models.fields import DecoderShape
 from tokenspeed.parallel.placement import AnyTokens, Boundary, Replicate
 
@@ -63,19 +63,24 @@ class DecoderLayer(Module):
             ("mlp", self.mlp),
         )
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x and residual [T, H], whose sum is the stream → the same."""
+    def enter(
+        self, x: torch.Tensor, residual: torch.Tensor | None, tokens: TokenInput, kv: LayerKV
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and residual [T, H], whose sum is the stream → queries for the attention, the stream."""
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, inputs, kv)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        return self.self_attn.enter(x, tokens, kv), residual
+
+    def leave(
+        self, attended: torch.Tensor, residual: torch.Tensor | None, tokens: TokenInput
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the attention gave and the stream → two tensors [T, H] whose sum is the stream."""
+        x, residual = self.post_attention_layernorm(self.self_attn.leave(attended), residual)
+        return self.mlp(x, tokens.num_tokens), residual
 
     def decode(
         self, x: torch.Tensor, residual: torch.Tensor | None, inputs: AttentionInput, kv: LayerKV
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `forward`, of a step of decode rows alone."""
+        """x and residual [R, H], whose sum is the stream, of a step of decode rows alone → the same."""
         attend, first_norm, feed, second_norm = self._decode
         x, residual = attend(x, first_norm, residual, inputs, kv)
         return feed(x, second_norm, residual, inputs.num_tokens)
@@ -145,16 +150,55 @@ class Decoder(CausalLM):
         yield "lm_head", self.lm_head
 
     def forward(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor:
+        if inputs.num_decode == len(inputs.query_lens):
+            return self._decode(inputs, kv)
+        attention, tokens = AttentionInput.of(inputs), inputs.tokens
+        x: torch.Tensor | None = None
+        residual: torch.Tensor | None = None
+        for index in range(len(self.layers)):
+            q, residual = self.piece(index, x, residual, tokens, kv)
+            x = self.attend(index, q, attention, kv, None)
+        return self.piece(len(self.layers), x, residual, tokens, kv)[0]
+
+    def _decode(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor:
+        """Of decode rows alone: blocks as composites."""
         x: torch.Tensor = self.embed_tokens(inputs.token_ids)
-        decodes = inputs.num_decode == len(inputs.query_lens)
-        if decodes and self._stack is not None:
+        if self._stack is not None:
             return self._stack(x, cache_rows(inputs), kv)
         attention = AttentionInput.of(inputs)
         residual: torch.Tensor | None = None
         for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x, residual = (layer.decode if decodes else layer)(x, residual, attention, layer_kv)
+            x, residual = layer.decode(x, residual, attention, layer_kv)
         hidden: torch.Tensor = self.norm(x, residual)[0]
         return hidden
+
+    @property
+    def pieces(self) -> Pieces:
+        return self
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.layers) + 1
+
+    @property
+    def attended_width(self) -> int:
+        return self.layers[0].self_attn.attended_width
+
+    def piece(
+        self, index: int, x: torch.Tensor | None, residual: torch.Tensor | None, tokens: TokenInput,
+        kv: Sequence[LayerKV],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        x = self.embed_tokens(tokens.token_ids) if x is None else x
+        if index:
+            x, residual = self.layers[index - 1].leave(x, residual, tokens)
+        if index < len(self.layers):
+            return self.layers[index].enter(x, residual, tokens, kv[index])
+        return self.norm(x, residual)[0], None
+
+    def attend(
+        self, index: int, q: torch.Tensor, inputs: AttentionInput, kv: Sequence[LayerKV], out: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.layers[index].self_attn.attend(q, inputs, kv[index], out)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.lm_head(hidden)

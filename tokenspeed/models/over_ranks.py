@@ -46,6 +46,7 @@ class OverRanks:
     def __init__(self, model: CausalLM, world: Member, name: str) -> None:
         self._model, self._world, self._name = model, world, name
         self.kv_spec: list[KVSpec] = model.kv_spec
+        self.pieces = None  # programs are of many steps, and their collectives are part of them
         self._groups = world.mesh.size("attn_data")
         self._binder = Binder(dict(_modules(name, model)), world.collectives)
         self._body = functools.cache(self._make_body)
