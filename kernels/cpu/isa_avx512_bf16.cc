@@ -22,6 +22,7 @@ constexpr int LANES = 16;
 #include "elementwise.h"
 #include "linear_few.h"
 #include "linear_many.h"
+#include "linear_pairs.h"
 #include "panels.h"
 #include "pairs.h"
 #include "pair_vectors.h"

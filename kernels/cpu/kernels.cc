@@ -273,7 +273,8 @@ void linear_few(const Kernels& kernels, const Linear& a, int threads) {
 
 void linear_many(const Kernels& kernels, const Linear& a, int threads) {
     const int64_t block = block_tokens(a.tokens);
-    const int64_t widened_size = round_up(a.tokens * a.columns), each = round_up(kernels.linear_many_scratch(block));
+    const int64_t widened_size = round_up(a.tokens * a.packed_stride());
+    const int64_t each = round_up(kernels.linear_many_scratch(block));
     float* widened = scratch(widened_size + each * threads);
     parallel_ranges(a.tokens, a.columns, threads,
                     [&](int64_t begin, int64_t end) { kernels.linear_many_widen(a, begin, end, widened); });
