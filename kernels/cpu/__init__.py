@@ -2,9 +2,10 @@
 
 The variants `portable`, `avx2` and `avx512` are the same source at vectors of 4, 8 and 16 floats. `avx512_bf16`, for
 bfloat16 alone, multiplies pairs of numbers in one instruction: packed weights (`pair_vectors.h`), which makes panels
-the form of plain matrices there (`selection.plain_form`), and attention. `amx` does the same in tile instructions
-(`pair_tiles.h`, `attention_tiles.h`, `mla_tiles.h`). Sums and exponentials are in float32, and so are the weights of
-attention, except in tiles.
+the form of plain matrices there (`selection.plain_form`), rows, experts among them (`linear_few.h`, `linear_pairs.h`),
+and attention (`attention_packed.h`, `mla_packed.h`). `amx` has packed weights and attention in tile instructions
+(`pair_tiles.h`, `attention_tiles.h`). Sums and exponentials are in float32, and so are the weights of attention, except
+where prompts or latents are multiplied in pairs.
 Attention over the paged cache is online-softmax over tiles of 64 tokens (128 in a prefill in tiles); a row's result
 depends neither on its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of
 sums up to 32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised

@@ -33,3 +33,28 @@ inline void multiply_columns(const float* a, const float* b, int64_t b_stride, i
         }
     }
 }
+
+// c [16 × 16, one for each 16 rows] = rows where they lie, 16 from each of `count` (≤ 4) places on, `stride` numbers
+// apart, times the `depth` tiles of columns at b. Of `next`, if not null, the rows are fetched meanwhile.
+inline void multiply_in_place(const BFloat16* base, const int64_t* offset, int count, int64_t stride, const float* b,
+                              int depth, const int64_t* next, float* c) {
+    for (int i = 0; i < count; ++i, c += TILE_WORDS) {
+        Floats sums[SIDE] = {};
+        const BFloat16* rows[4];
+        for (int q = 0; q < 4; ++q) rows[q] = base + offset[i * SIDE] + q * 4 * stride;
+        for (int t = 0; t < depth; ++t) {
+            if (next != nullptr) {
+                for (int r = 0; r < SIDE; ++r) fetch<64>(base + next[i * SIDE + r] + t * 2 * SIDE);
+            }
+            for (int k = 0; k < SIDE; ++k) {
+                const Words column = bit_copy<Words>(load(b + t * TILE_WORDS + k * SIDE));
+                for (int r = 0; r < SIDE; ++r) {
+                    uint32_t pair;
+                    __builtin_memcpy(&pair, rows[r / 4] + r % 4 * stride + t * 2 * SIDE + 2 * k, sizeof pair);
+                    sums[r] = dot_pairs(sums[r], Words{} + pair, column);
+                }
+            }
+        }
+        for (int r = 0; r < SIDE; ++r) store(c + r * SIDE, sums[r]);
+    }
+}

@@ -139,8 +139,9 @@ struct Rows {
     int32_t* visible;  // tokens that a row sees
     int64_t size = 0;  // of the memory
 
-    Rows(const Attention& a, int count, float* memory)
-        : rows((count + SIDE - 1) / SIDE * SIDE), depth(vectors_of_pairs(a.head_dim)), columns(a.head_dim / SIDE) {
+    // Queries of query_size numbers each, results of out_size.
+    Rows(int count, int query_size, int out_size, float* memory)
+        : rows((count + SIDE - 1) / SIDE * SIDE), depth(vectors_of_pairs(query_size)), columns(out_size / SIDE) {
         const auto take = [&](int64_t floats) {
             size += floats;
             return memory == nullptr ? nullptr : memory + size - floats;
@@ -152,6 +153,32 @@ struct Rows {
         visible = reinterpret_cast<int32_t*>(take(rows));
     }
 
+    // Row m. The maximum is taken before scores are scaled: a negative scale turns the query instead.
+    void enter(int m, const BFloat16* from, int query_size, float scale, int sees) const {
+        const uint32_t sign = scale < 0 ? 0x80008000u : 0;
+        float* to = q_block(m / SIDE) + m % SIDE * SIDE;
+        for (int d = 0; d < query_size; d += 2 * SIDE, to += TILE_WORDS) {
+            store(to, bit_copy<Floats>(pair_words(from + d, query_size - d) ^ sign));
+        }
+        visible[m] = sees;
+        running_maximum[m] = -1e38f, running_sum[m] = 0;
+    }
+    void clear() const {
+        for (int64_t i = 0; i < rows * columns * SIDE; i += LANES) store(out + i, Floats{});
+    }
+    // Its sums over `total`, in the order of the numbers of the values.
+    template <class To>
+    void leave(int m, float total, To* to) const {
+        const float* sums = out_block(m / SIDE) + m % SIDE * SIDE;
+        const Floats all = splat(total);
+        int64_t i = 0;
+        for (; i + 2 <= columns; i += 2, sums += 2 * TILE_WORDS) {
+            Floats even = load(sums) / all, odd = load(sums + TILE_WORDS) / all;
+            interleave(even, odd, AllLanes{});
+            store(to + i * SIDE, even), store(to + (i + 1) * SIDE, odd);
+        }
+        if (i < columns) store(to + i * SIDE, load(sums) / all);
+    }
     float* q_block(int block) const { return q + block * depth * TILE_WORDS; }
     float* out_block(int block) const { return out + block * columns * TILE_WORDS; }
 };
@@ -159,42 +186,34 @@ struct Rows {
 template <>
 int64_t prefill_scratch<BFloat16>(const Attention& a) {
     constexpr int most = prefill_rows<BFloat16>();
-    return Rows(a, a.group() > most ? a.group() : most, nullptr).size;
+    return Rows(a.group() > most ? a.group() : most, a.head_dim, a.head_dim, nullptr).size;
 }
 
 inline void enter_rows(const Attention& a, const QueryTile& tile, int count, const Rows& r) {
     const int group = a.group(), head_dim = a.head_dim;
     const BFloat16* first = static_cast<const BFloat16*>(a.q) + int64_t{tile.kv_head} * group * head_dim;
-    // The maximum is taken before scores are scaled: a negative scale turns the queries instead.
-    const uint32_t sign = a.scale < 0 ? 0x80008000u : 0;
     for (int m = 0; m < r.rows; ++m) {
         const int row = m < count ? m : count - 1, t = row / group;
         const BFloat16* from = first + (tile.begin + t) * a.q_stride + int64_t{row % group} * head_dim;
-        float* to = r.q_block(m / SIDE) + m % SIDE * SIDE;
-        for (int d = 0; d < head_dim; d += 2 * SIDE, to += TILE_WORDS) {
-            store(to, bit_copy<Floats>(pair_words(from + d, head_dim - d) ^ sign));
-        }
-        r.visible[m] = tile.visible + t;
-        r.running_maximum[m] = -1e38f, r.running_sum[m] = 0;
+        r.enter(m, from, head_dim, a.scale, tile.visible + t);
     }
-    for (int64_t i = 0; i < r.rows * r.columns * SIDE; i += LANES) store(r.out + i, Floats{});
+    r.clear();
 }
 
 inline void leave_rows(const Attention& a, const QueryTile& tile, int count, const Rows& r) {
     const int group = a.group(), head_dim = a.head_dim;
     BFloat16* first = static_cast<BFloat16*>(a.out) + int64_t{tile.kv_head} * group * head_dim;
     for (int m = 0; m < count; ++m) {
-        BFloat16* to = first + (int64_t{tile.begin + m / group} * a.num_heads + m % group) * head_dim;
-        const float* sums = r.out_block(m / SIDE) + m % SIDE * SIDE;
-        const Floats total = splat(r.running_sum[m]);
-        int d = 0;
-        for (; d + 2 * SIDE <= head_dim; d += 2 * SIDE, sums += 2 * TILE_WORDS) {
-            Floats even = load(sums) / total, odd = load(sums + TILE_WORDS) / total;
-            interleave(even, odd, AllLanes{});
-            store(to + d, even), store(to + d + SIDE, odd);
-        }
-        if (d < head_dim) store(to + d, load(sums) / total);
+        r.leave(m, r.running_sum[m], first + (int64_t{tile.begin + m / group} * a.num_heads + m % group) * head_dim);
     }
+}
+
+// The sums of a block, so many tiles, times a factor of each row.
+inline void rescale(Floats factor, int64_t columns, float* sums) {
+    if (!(largest(splat(1.f) - factor) > 0)) return;
+    float factors[SIDE];
+    store(factors, factor);
+    for (int64_t i = 0; i < columns * TILE_WORDS; i += SIDE) store(sums + i, load(sums + i) * factors[i / SIDE % SIDE]);
 }
 
 // One block of rows against the packed keys and values of the tokens [first, first + count).
@@ -210,21 +229,15 @@ inline void attend(const Rows& r, int block, int first, int count, float scale) 
     const Floats factor = valid[0] < 2 * SIDE * depth
                               ? soften_tiles<true>(r.scores, 2 * depth, valid, scale, most, total, r.weights)
                               : soften_tiles<false>(r.scores, 2 * depth, valid, scale, most, total, r.weights);
-    float* sums = r.out_block(block);
-    if (largest(splat(1.f) - factor) > 0) {
-        float factors[SIDE];
-        store(factors, factor);
-        for (int64_t i = 0; i < r.columns * TILE_WORDS; i += SIDE) {
-            store(sums + i, load(sums + i) * factors[i / SIDE % SIDE]);
-        }
-    }
-    multiply_block<true>(r.weights, r.values, PAIR_TOKENS / 2 * SIDE, depth, static_cast<int>(r.columns), sums);
+    rescale(factor, r.columns, r.out_block(block));
+    multiply_block<true>(r.weights, r.values, PAIR_TOKENS / 2 * SIDE, depth, static_cast<int>(r.columns),
+                         r.out_block(block));
 }
 
 template <>
 void prefill_tile<BFloat16>(const Attention& a, const QueryTile& tile, float* scratch) {
     const int head_dim = a.head_dim, rows = (tile.end - tile.begin) * a.group();
-    const Rows r(a, rows, scratch);
+    const Rows r(rows, head_dim, head_dim, scratch);
     enter_rows(a, tile, rows, r);
     const float scale = (a.scale < 0 ? -a.scale : a.scale) * LOG2_E;
     const BFloat16* k = static_cast<const BFloat16*>(a.k) + int64_t{tile.kv_head} * head_dim;

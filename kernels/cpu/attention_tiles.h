@@ -105,3 +105,24 @@ inline void multiply_columns(const float* a, const float* b, int64_t b_stride, i
     }
     each<V>([&](auto v) { tile_store<v.value>(c + v.value * TILE_WORDS); });
 }
+
+// c [16 × 16, one for each 16 rows] = rows where they lie, 16 from each of `count` (≤ 4) places on, `stride` numbers
+// apart, times the `depth` tiles of columns at b. Of `next`, if not null, the rows are fetched meanwhile.
+inline void multiply_in_place(const BFloat16* base, const int64_t* offset, int count, int64_t stride, const float* b,
+                              int depth, const int64_t* next, float* c) {
+    each<4>([](auto i) { tile_zero<i.value>(); });
+    for (int t = 0; t < depth; ++t) {
+        tile_load<4>(b + t * TILE_WORDS);
+        each<4>([&](auto i) {
+            constexpr int n = i.value * SIDE, LEFT = 5 + i.value % 3;
+            if (i.value >= count) return;
+            tile_load<LEFT>(base + offset[n] + t * 2 * SIDE, stride * int64_t{sizeof(BFloat16)});
+            tile_multiply<i.value, LEFT, 4>();
+            if (next == nullptr) return;
+            for (int r = 0; r < SIDE; ++r) fetch<64>(base + next[n + r] + t * 2 * SIDE);
+        });
+    }
+    each<4>([&](auto i) {
+        if (i.value < count) tile_store<i.value>(c + i.value * TILE_WORDS);
+    });
+}

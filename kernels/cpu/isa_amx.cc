@@ -36,7 +36,8 @@ constexpr int LANES = 16;
 #include "attention_tiles.h"
 #include "attention_packed.h"
 #include "mla_soften.h"
-#include "mla_tiles.h"
+#include "mla_decode.h"
+#include "mla_packed.h"
 
 inline Kernels with_packed_attention(Kernels kernels) {
     kernels.decode_scratch = decode_scratch<BFloat16>;
@@ -51,7 +52,7 @@ inline Kernels with_packed_attention(Kernels kernels) {
 
 const Kernels* table(Type type) {
     if (type == Type::f32) return avx512_bf16::table(type);
-    static const Kernels bf16 = with_latent_tiles(with_packed_attention(with_pairs(*avx512_bf16::table(type))));
+    static const Kernels bf16 = with_packed_latents(with_packed_attention(with_pairs(*avx512_bf16::table(type))));
     return &bf16;
 }
 }  // namespace tokenspeed::cpu::amx

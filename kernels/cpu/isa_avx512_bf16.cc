@@ -34,6 +34,7 @@ constexpr int LANES = 16;
 #include "mla_soften.h"
 #include "mla_decode.h"
 #include "mla_prefill.h"
+#include "mla_packed.h"
 #include "moe_steps.h"
 #include "sampling.h"
 }  // namespace

@@ -198,6 +198,9 @@ struct Kernels {
     void (*latent_expand)(const LatentPrefill&, const ExpandedHeads&, int tile, int first, int last, float* scratch);
     int64_t (*latent_tile_scratch)(const LatentPrefill&);
     void (*latent_tile)(const LatentPrefill&, const ExpandedHeads&, const HeadTile&, float* scratch);
+    // Where pairs are multiplied, all of the above for one head; 0 floats if not in this shape.
+    int64_t (*latent_head_scratch)(const LatentPrefill&, int rows) = nullptr;
+    void (*latent_head)(const LatentPrefill&, const HeadTile&, float* scratch) = nullptr;
 };
 
 // Whether this processor runs it, and this build has it.

@@ -35,7 +35,8 @@ inline void pair_weights(const BFloat16* weight, int64_t stride, int rows, int64
 
 // sums [N, STRIP] (from zero if `first`) += N tokens · the strip, of so many words.
 template <int N>
-inline void multiply_strip(const float* x, int64_t x_stride, const float* strip, int64_t words, bool first, float* sums) {
+inline void multiply_strip(const float* x, int64_t x_stride, const float* strip, int64_t words, bool first,
+                           float* sums) {
     constexpr int V = STRIP / LANES;
     Floats totals[N][V];
 #pragma GCC unroll 16  // as a copy of memory it would keep the sums in memory (GCC 12), at 40% of the rate
@@ -73,7 +74,8 @@ void linear_many_rows<BFloat16>(const Linear& a, const float* widened, int64_t b
             const BFloat16* next = last ? weight - k + STRIP * a.weight_stride : weight + LINEAR_DEPTH;
             for (int64_t i = 0; i < blocks; ++i) {
                 for (int64_t line = LINES * i / blocks; line < LINES * (i + 1) / blocks; ++line) {
-                    __builtin_prefetch(next + line / ROW_LINES * a.weight_stride + line % ROW_LINES * LINE<BFloat16>, 0, 2);
+                    const BFloat16* row = next + line / ROW_LINES * a.weight_stride;
+                    __builtin_prefetch(row + line % ROW_LINES * LINE<BFloat16>, 0, 2);
                 }
                 const float* x = widened + (begin + 4 * i) * stride + k / 2;
                 float* of = sums + 4 * i * STRIP;

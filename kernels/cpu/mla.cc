@@ -11,8 +11,25 @@ namespace {
 
 constexpr int64_t EXPANDED = int64_t{1} << 24;  // floats of keys and values held at once, unless one head has more
 constexpr int32_t FEW_ROWS = 16;                // query rows of a task where tasks are few
+constexpr int32_t HEAD_ROWS = 1024;             // query tokens that share a head's keys and values, at most
 
 int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+// Head by head, each expanded where it is used: once, unless there are more threads than heads.
+void heads_in_pairs(const Kernels& kernels, const LatentPrefill& a, int threads) {
+    const int32_t cuts = std::max((a.tokens + HEAD_ROWS - 1) / HEAD_ROWS,
+                                  std::min((a.tokens + TILE_ROWS - 1) / TILE_ROWS, threads / a.num_heads));
+    const int64_t each = round_up(kernels.latent_head_scratch(a, (a.tokens + cuts - 1) / cuts));
+    float* memory = scratch(static_cast<size_t>(each * threads));
+    parallel(int64_t{cuts} * a.num_heads, threads, [&](int64_t task, int worker) {
+        // From the back, as below.
+        const int32_t head = static_cast<int32_t>(task % a.num_heads);
+        const int64_t i = cuts - 1 - task / a.num_heads;
+        const HeadTile tile = {head, static_cast<int32_t>(a.tokens * i / cuts),
+                               static_cast<int32_t>(a.tokens * (i + 1) / cuts)};
+        kernels.latent_head(a, tile, memory + worker * each);
+    });
+}
 
 }  // namespace
 
@@ -58,6 +75,10 @@ int64_t mla_decode(const Kernels& kernels, const LatentDecode& a, int threads) {
 int64_t mla_prefill(const Kernels& kernels, const LatentPrefill& a, int threads) {
     if (const int64_t bad = check_rows(a); bad != OK) return bad;
     if (a.tokens < 1 || a.tokens > a.kv_len[0]) return 0;
+    if (kernels.latent_head != nullptr && kernels.latent_head_scratch(a, a.tokens) > 0) {
+        heads_in_pairs(kernels, a, threads);
+        return OK;
+    }
     const int64_t tiles = a.tiles(), padded = a.v_padded();
     const int64_t of_head = tiles * TILE_TOKENS * (a.nope + padded) + a.rank * (a.nope + padded);
     const int32_t together = static_cast<int32_t>(std::clamp<int64_t>(EXPANDED / of_head, 1, a.num_heads));

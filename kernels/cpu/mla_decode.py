@@ -1,4 +1,4 @@
-"""mla_decode: launcher of mla_decode.h."""
+"""mla_decode: launcher of mla_decode.h, or of mla_packed.h where pairs of bfloat16 are multiplied."""
 
 from __future__ import annotations
 

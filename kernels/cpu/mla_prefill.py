@@ -1,5 +1,7 @@
 """mla_prefill: launcher of mla_prefill.h (expanded) and mla_decode.h (absorbed), whichever multiplies less for a row.
 
+Where pairs of bfloat16 are multiplied both are in mla_packed.h.
+
 Expanding L tokens costs as much as L absorbed queries, and then a pair of a query and a token takes N + P + V
 multiplications a head instead of 2·C + P: for DeepSeek's sizes chunks of up to 170 tokens behind a long context are
 absorbed. The order of the sums differs between the two, so here a prompt's bits depend on how it was chunked.

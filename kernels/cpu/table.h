@@ -46,7 +46,7 @@ constexpr Kernels table_of() {
 const Kernels* table(Type type) {
     static constexpr Kernels f32 = table_of<float>();
 #ifdef TOKENSPEED_BFLOAT16_PRODUCTS
-    static constexpr Kernels bf16 = with_pairs(table_of<BFloat16>());
+    static constexpr Kernels bf16 = with_packed_latents(with_pairs(table_of<BFloat16>()));
 #else
     static constexpr Kernels bf16 = table_of<BFloat16>();
 #endif
