@@ -74,6 +74,18 @@ def test_a_token_among_many_has_the_same_bits_in_any_chunk(begin: int, target: o
     assert torch.equal(experts(target)(*rows_of(arguments, chunk)), experts(target)(*arguments)[chunk])
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 33, 70])
+@pytest.mark.parametrize(("hidden", "inner"), [(33, 17), (600, 270), (1100, 8)])
+def test_experts_of_any_width_agree_with_the_reference(
+    hidden: int, inner: int, tokens: int, target: ops.Target
+) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    x, gate_up, down, ids, weights = moe_experts_arguments(tokens, hidden, inner, 2, 2, 0, 0, g, target.dtype)
+    wanted = reference(x.double(), gate_up.double(), down.double(), ids, weights)
+    got = ops.moe_experts(target, num_experts=2, hidden_size=hidden, intermediate_size=inner, num_shared=0)
+    assert worst_error(got(x, gate_up, down, ids, weights), wanted) < TOLERANCE[target.dtype]
+
+
 @pytest.mark.parametrize("tokens", [1, 9, 300])
 def test_the_number_of_threads_changes_no_bit(tokens: int, target: ops.Target, restored_threads: None) -> None:
     arguments, results = drawn(tokens, target, padding=tokens // 3), []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -11,13 +10,18 @@ import torch
 from tokenspeed.kernels import ops
 from tokenspeed.kernels.numerics.attention_cases import mla_decode_arguments, mla_prefill_arguments
 from tokenspeed.kernels.numerics.case import Arguments, worst_error
+from tokenspeed.kernels.numerics.suite import TOLERANCE
 from tokenspeed.kernels.platform import Platform
+from tokenspeed.kernels.reference.mla_decode import mla_decode as decode_reference
 from tokenspeed.kernels.reference.mla_prefill import mla_prefill as reference
 
 CPU = Platform.of(torch.device("cpu"))
 TARGET = ops.Target(CPU, torch.float32)
 LATENT = {"num_heads": 5, "kv_lora_rank": 64, "rope_dim": 32, "block_size": 16}
-EXPANDED = LATENT | {"nope_dim": 24, "v_dim": 20}
+EXPANDED = {
+    torch.float32: LATENT | {"nope_dim": 24, "v_dim": 20},
+    torch.bfloat16: LATENT | {"nope_dim": 32, "v_dim": 32},  # in whole pairs
+}
 LENGTHS = (700, 3, 65)
 
 
@@ -42,15 +46,21 @@ def decode(dtype: torch.dtype = torch.float32) -> ops.MlaDecode:
     return ops.mla_decode(ops.Target(CPU, dtype), **LATENT)
 
 
-prefill = partial(ops.mla_prefill, TARGET, **EXPANDED)
+def prefill(dtype: torch.dtype = torch.float32) -> ops.MlaPrefill:
+    return ops.mla_prefill(ops.Target(CPU, dtype), **EXPANDED[dtype])
 
 
 def decoding(generator: torch.Generator, queries: int = 2, dtype: torch.dtype = torch.float32) -> Arguments:
     return mla_decode_arguments(LENGTHS, 5, queries, 16, 64, 32, generator, dtype)
 
 
-def chunks(generator: torch.Generator, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> Arguments:
-    return mla_prefill_arguments(query_lens, kv_lens, EXPANDED, generator, torch.float32)
+def chunks(
+    generator: torch.Generator,
+    query_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Arguments:
+    return mla_prefill_arguments(query_lens, kv_lens, EXPANDED[dtype], generator, dtype)
 
 
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(generator: torch.Generator, dtype: torch.dtype) -> None:
@@ -74,30 +84,55 @@ def test_a_query_has_the_same_bits_alone_and_before_others(generator: torch.Gene
 def test_the_number_of_threads_changes_no_bit(
     generator: torch.Generator, dtype: torch.dtype, restored_threads: None
 ) -> None:
-    decoded, prompts = decoding(generator, dtype=dtype), chunks(generator, (300, 2, 40), (700, 60, 40))
+    decoded, prompts = decoding(generator, dtype=dtype), chunks(generator, (300, 2, 40), (700, 60, 40), dtype)
     results = []
     for threads in (1, 2, 5, 40):
         torch.set_num_threads(threads)
-        results.append((decode(dtype)(*decoded), prefill()(*prompts)))
+        results.append((decode(dtype)(*decoded), prefill(dtype)(*prompts)))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("cut", [40, 64, 100])
-def test_long_chunks_of_a_prompt_give_the_same_bits_as_the_whole(cut: int, generator: torch.Generator) -> None:
-    q, cache, table, _, _, _, _, k_up, v_up, scale = chunks(generator, (141,), (141,))
+@pytest.mark.parametrize("cut", [50, 64, 91])
+def test_long_chunks_of_a_prompt_give_the_same_bits_as_the_whole(
+    cut: int, generator: torch.Generator, dtype: torch.dtype
+) -> None:
+    q, cache, table, _, _, _, _, k_up, v_up, scale = chunks(generator, (141,), (141,), dtype)
 
     def chunk(begin: int, end: int) -> torch.Tensor:
         starts, length = torch.tensor([0, end - begin], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
-        return prefill()(q[begin:end], cache, table, starts, length, (end - begin,), (end,), k_up, v_up, scale)
+        return prefill(dtype)(q[begin:end], cache, table, starts, length, (end - begin,), (end,), k_up, v_up, scale)
 
     assert torch.equal(torch.cat((chunk(0, cut), chunk(cut, 141))), chunk(0, 141))
 
 
 @pytest.mark.parametrize("new", [1, 5, 30, 31, 96, 97, 250])
-def test_absorbed_and_expanded_agree_with_the_reference(new: int, generator: torch.Generator) -> None:
-    q, cache, *rest, k_up, v_up, scale = chunks(generator, (new,), (250,))
-    wanted = reference(q.double(), cache.double(), *rest, k_up.double(), v_up.double(), scale)
-    assert worst_error(prefill()(q, cache, *rest, k_up, v_up, scale), wanted) < 1e-5
+@pytest.mark.parametrize("sign", [1, -1])
+def test_absorbed_and_expanded_agree_with_the_reference(
+    new: int, sign: int, generator: torch.Generator, dtype: torch.dtype
+) -> None:
+    q, cache, *rest, k_up, v_up, scale = chunks(generator, (new,), (250,), dtype)
+    wanted = reference(q.double(), cache.double(), *rest, k_up.double(), v_up.double(), sign * scale)
+    assert worst_error(prefill(dtype)(q, cache, *rest, k_up, v_up, sign * scale), wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("new", [3, 200])
+def test_what_lies_behind_the_last_token_is_not_used(new: int, generator: torch.Generator, dtype: torch.dtype) -> None:
+    q, cache, table, *rest = chunks(generator, (new,), (249,), dtype)
+    right = prefill(dtype)(q, cache, table, *rest)
+    cache[table[0, 249 // 16], 249 % 16 :] = torch.nan
+    assert torch.equal(prefill(dtype)(q, cache, table, *rest), right)
+
+
+def test_rows_in_blocks_too_short_for_pairs_agree_with_the_reference(
+    generator: torch.Generator, dtype: torch.dtype
+) -> None:
+    short = LATENT | {"block_size": 8}
+    arguments = mla_decode_arguments(LENGTHS, 5, 2, 8, 64, 32, generator, dtype)
+    wanted = decode_reference(
+        *(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments)
+    )
+    got = ops.mla_decode(ops.Target(CPU, dtype), **short)(*arguments)
+    assert worst_error(got, wanted) < TOLERANCE[dtype]
 
 
 def test_queries_that_see_nothing_give_zeros_and_leave_the_others_alone(
