@@ -204,7 +204,11 @@ for name in cut dealt own; do
     if wanted "four-$name"; then four_agents "$name" || failed=1; fi
 done
 if wanted four-plot; then
-    "$python" -m tokenspeed.bench pareto "$figures"/{cut,dealt,own}.json --svg "$figures/pareto.svg" || failed=1
+    curves=()
+    for name in cut dealt own; do
+        if [[ -s $figures/$name.json ]]; then curves+=("$figures/$name.json"); else echo "four-plot: nothing of four-$name"; fi
+    done
+    "$python" -m tokenspeed.bench pareto "${curves[@]}" --svg "$figures/pareto.svg" || failed=1
 fi
 if wanted alone; then
     "$python" -m tokenspeed.kernels numerics moe_experts moe_block_decode --device cuda --dtype bfloat16 || failed=1

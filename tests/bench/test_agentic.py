@@ -13,6 +13,7 @@ from tokenspeed.bench import agentic
 from tokenspeed.bench.agentic import Level, Turn
 from tokenspeed.bench.figures import Figure
 from tokenspeed.config import Parallel
+from tokenspeed.errors import ConfigError
 
 
 def turn(began: float, prompt: int, cached: int, times: list[float]) -> Turn:
@@ -74,6 +75,16 @@ def test_sessions_run_and_later_turns_find_their_history(tmp_path: Path, capsys:
         cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
         assert cells[:3] == [f"{told.concurrency}", f"{told.user_tok_s:.0f}", f"{told.output_tok_s:.0f}"]
         assert (told.layout, told.gpus) == ("-tp 1", 1)
+
+
+def test_an_engine_that_does_not_start_leaves_the_figures_of_an_earlier_run(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    agentic.add_flags(parser)
+    figures = tmp_path / "figures.json"
+    figures.write_text("of an earlier run\n")
+    with pytest.raises(ConfigError):
+        agentic.main(parser.parse_args(["--model", str(tmp_path / "absent"), "--json", str(figures)]))
+    assert figures.read_text() == "of an earlier run\n"
 
 
 def test_a_layout_is_told_by_its_flags() -> None:

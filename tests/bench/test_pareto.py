@@ -58,6 +58,20 @@ def test_lines_of_both_programs_are_read_whatever_their_order(
     assert capsys.readouterr().out.startswith("70 tok/s a user: named, ")
 
 
+def test_repeats_of_a_number_of_sessions_are_one_point_the_median_of_each_figure(tmp_path: Path) -> None:
+    file = tmp_path / "repeats.json"
+    each = [(4, 100.0, 500.0), (1, 300.0, 320.0), (4, 140.0, 400.0), (4, 110.0, 900.0), (1, 280.0, 300.0)]
+    file.write_text(
+        "".join(
+            json.dumps({"concurrency": sessions, "user_tok_s": user, "output_tok_s": rate, "gpus": 2}) + "\n"
+            for sessions, user, rate in each
+        )
+    )
+    curve = pareto.read(str(file), 1)
+    assert curve.points == (Point(1, 290.0, 155.0), Point(4, 110.0, 250.0))
+    assert curve.most(105.0) == (250.0, "4 sessions"), "not the 450 of the luckiest"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -48,6 +48,21 @@ def test_steps_are_added_up_by_their_prompt_tokens_and_the_rest_lies_between_the
     assert "2000 output tok/s" in whole and "200 ms" in whole
 
 
+@pytest.mark.parametrize(("slowest", "device"), [(0.19, [0.031, 0.041]), (0.2, []), (0.3, [])])
+def test_a_step_enqueued_for_as_long_as_the_pause_leaves_the_device_column_empty(
+    slowest: float, device: list[float]
+) -> None:
+    held = [Record(8, 512, 0.010, StepTimes(0.030, 0.001)), Record(8, 512, slowest, StepTimes(0.040, 0.001))]
+    assert steps.undisturbed(held) == pytest.approx(device)
+
+
+@pytest.mark.parametrize("flags", [("--beside", "2", "8"), ("--beside",), ("--new",)])
+def test_a_profile_of_no_step_is_refused_before_anything_is_loaded(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    absent, profile = str(tmp_path / "absent"), str(tmp_path / "profile")
+    with pytest.raises(SystemExit, match=r"--profile .* --new, and 0 among --beside"):
+        steps.main(options("--model", absent, "--profile", profile, *flags))
+
+
 @pytest.mark.skipif(kernel_times.available(), reason="there is a GPU")
 def test_a_profile_without_a_gpu_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="none here"):
@@ -74,6 +89,23 @@ def test_every_size_gets_a_row_alone_and_beside_streams_and_sessions_their_share
     # Of each turn's six tokens the first comes with the prompt; both sessions may share steps or not.
     assert 15 <= int(decode[2]) <= 30 and 1.0 <= float(decode[4]) <= 2.0
     assert sum(int(cells(line)[2]) for line in printed if "prompt tokens |" in line and line.startswith("| 2 |")) >= 3
+
+
+@pytest.mark.parametrize(("seconds", "empty"), [(0.0, True), (3600.0, False)])
+def test_the_device_column_is_of_held_steps_that_were_enqueued_within_the_pause(
+    seconds: float, empty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TOKENSPEED_DEVICE", "cpu")
+    monkeypatch.setattr(kernel_times, "available", lambda: True)
+    held: list[int] = []
+    monkeypatch.setattr(kernel_times, "hold", held.append)
+    monkeypatch.setattr(steps, "PAUSE_SECONDS", seconds)
+    toy_llama(tmp_path)
+    sizes = ("--context", "64", "--new", "5", "--beside", "0", "--repeats", "2", "--stream-tokens", "100")
+    assert steps.main(options("--model", str(tmp_path), *sizes)) == 0
+    row = next(cells(line) for line in capsys.readouterr().out.splitlines() if " behind 64 |" in line)
+    assert held == [steps.PAUSE] * 2
+    assert [cell == "–" for cell in row[2:]] == [False, False, empty, empty, False]
 
 
 def test_a_prompt_that_comes_in_several_steps_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from tokenspeed.config import Parallel
 GPUS = torch.cuda.device_count() >= 4
 LAYOUTS = {
     "attention and experts cut": Parallel(world=4),
-    "attention cut, experts dealt": Parallel(world=4, moe_ep=4),
     "own tokens, experts dealt": Parallel(world=4, attn_dp=4, moe_ep=4),
     "own tokens, dense layers cut": Parallel(world=4, attn_dp=4, dense_tp=4),
 }

@@ -18,7 +18,7 @@ from tokenspeed.parallel import collectives
 from tokenspeed.parallel.__main__ import main
 from tokenspeed.parallel.alone import MOVES, Alone
 from tokenspeed.parallel.mesh import Mesh
-from tokenspeed.parallel.steps import AllGather, AllReduce, GatherFeatures, X
+from tokenspeed.parallel.steps import AllGather, AllReduce, AllToAll, GatherFeatures, X
 
 CPU = torch.device("cpu")
 
@@ -44,6 +44,22 @@ def test_the_tokens_of_others_differ_and_are_made_once() -> None:
     # Flags and ids are what they are on this rank: padding stays padding, an id stays one that exists.
     flags = torch.tensor([1, 0], dtype=torch.uint8)
     assert move(flags).tolist() == [1, 0] * 4
+
+
+def test_what_is_made_up_has_the_type_that_was_sent_also_in_a_shape_that_was_met() -> None:
+    move = Alone(Mesh.of(4), 0, CPU).collectives.move(AllGather(X, 0, 1))
+    ids = torch.tensor([[3, 1], [2, 0]])
+    for sent in (torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bfloat16), ids, ids.to(torch.int32)):
+        assert move(sent).dtype == sent.dtype and move(sent).shape == (8, 2)
+        assert move(sent) is move(sent)
+    assert move(ids).tolist() == ids.tolist() * 4
+
+
+def test_whole_numbers_are_this_ranks_own_over_again_along_columns_too() -> None:
+    collectives = Alone(Mesh.of(4), 0, CPU).collectives
+    ids = torch.arange(8).reshape(4, 2)
+    assert collectives.move(GatherFeatures(X, 0, 1))(ids).tolist() == [each * 4 for each in ids.tolist()]
+    assert collectives.move(AllToAll(X, 0, 1))(ids).tolist() == [[0, 1] * 4], "as many rows as go to a rank"
 
 
 def test_a_sum_is_this_ranks_term_and_the_norm_behind_it_the_norm_alone() -> None:

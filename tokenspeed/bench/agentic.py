@@ -180,8 +180,6 @@ def main(options: argparse.Namespace) -> int:
         max_num_batched_tokens=options.max_num_batched_tokens,
         parallel=Parallel(world=options.tensor_parallel_size, **sizes),
     )
-    if options.json is not None:
-        options.json.write_bytes(b"")
     asyncio.run(_run(config, options))
     return 0
 
@@ -200,14 +198,16 @@ async def _run(config: EngineConfig, options: argparse.Namespace) -> None:
         )  # fmt: skip
         print("|", " | ".join(titles), "|")
         print("|---" * len(titles), "|", sep="", flush=True)
+        mode = "wb"  # not before the first row: an engine that does not start leaves the file as it was
         for index, concurrency in enumerate(options.concurrency):
             peers = [each[index] if index < len(each) else None for each in (options.peer_user, options.peer_output)]
             for _ in range(options.repeats):
                 level = await sessions.level(concurrency)
                 print(row(concurrency, level, options.floor, peers), flush=True)
                 if options.json is not None:
-                    with options.json.open("ab") as file:
+                    with options.json.open(mode) as file:
                         file.write(msgspec.json.encode(figure(concurrency, level, config.parallel)) + b"\n")
+                    mode = "ab"
 
 
 def figure(concurrency: int, level: Level, parallel: Parallel) -> Figure:

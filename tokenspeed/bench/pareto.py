@@ -1,8 +1,9 @@
 """Speed of a user against what a GPU gives, a curve a layout, from what `agentic --json` or `serve --json` wrote.
 
 Each file is a curve: a point for each number of sessions, x the tokens a second of a user, y the output tokens a second
-of one GPU. For each `--at` it says which layout gives most while a user gets at least that much: the best point that
-keeps it, or where the line between two neighbouring points crosses it.
+of one GPU; repeats of one number are one point, the median of each. For each `--at` it says which layout gives most
+while a user gets at least that much: the best point that keeps it, or where the line between two neighbouring points
+crosses it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +63,8 @@ class FiguresError(Exception):
 
 
 def read(argument: str, gpus: int) -> Curve:
-    """The curve of `FILE` or `NAME=FILE`; lines that do not say over how many GPUs are over `gpus`."""
+    """The curve of `FILE` or `NAME=FILE`; lines that do not say over how many GPUs are over `gpus`. Lines of as many
+    sessions are one point, or the luckiest of `--repeats` would stand for its layout."""
     name, equals, path = argument.rpartition("=")
     file = Path(path)
     try:
@@ -71,13 +75,16 @@ def read(argument: str, gpus: int) -> Curve:
         raise FiguresError(f"{file}: {error}") from error
     if not figures:
         raise FiguresError(f"{file}: no line in it")
-    points = []
-    for figure in sorted(figures, key=lambda figure: figure.concurrency):
+    rates: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for figure in figures:
         user = figure.stream_tok_s_p50 if figure.user_tok_s is None else figure.user_tok_s
         if user is None:
             raise FiguresError(f"{file}: {figure.concurrency} sessions without user_tok_s or stream_tok_s_p50")
-        points.append(Point(figure.concurrency, user, figure.output_tok_s / (figure.gpus or gpus)))
-    return Curve(name if equals else figures[0].layout or file.stem, tuple(points))
+        rates[figure.concurrency].append((user, figure.output_tok_s / (figure.gpus or gpus)))
+    points = tuple(
+        Point(sessions, *map(statistics.median, zip(*each, strict=True))) for sessions, each in sorted(rates.items())
+    )
+    return Curve(name if equals else figures[0].layout or file.stem, points)
 
 
 def best(curves: Sequence[Curve], floor: float) -> str:

@@ -3,11 +3,14 @@
 The table has a row for each `--new` and `--beside`: so many new tokens behind a cached prompt of `--context`, alone or
 beside so many streams that decode, each behind a prompt as long. "host" is the time in which the step is enqueued;
 "step" what it took the device, from the copy of its plan to the end of its sampling; "device" the same where all of it
-was enqueued before the device began, behind a pause; so the difference is what the device waited for the host. "TTFT"
-is the first token of the request as the step loop gives it. Medians of `--repeats`, with minimum and maximum.
+was enqueued before the device began, behind a pause; so the difference is what the device waited for the host. A
+dash: enqueuing took as long as the pause. "TTFT" is the first token of the request as the step loop gives it. Medians
+of `--repeats`, with minimum and maximum.
 
 `--sessions` then runs the sessions of `agentic` on the same step loop, without a front end, and adds up their steps by
 the number of prompt tokens: the device's time and the host's; what is left of the wall time lies between steps.
+
+One file, of more than 400 lines: both tables are made from one record of the steps of one loop.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ if TYPE_CHECKING:
     from tokenspeed.executor.load import LoadedExecutor
 
 PAUSE = 400_000_000
-"""Cycles for which a device is kept from a step that is being enqueued: 0.2 s of an H200."""
+"""Cycles for which a device is kept from a step that is being enqueued."""
+
+PAUSE_SECONDS = 0.2
+"""What they take at 2 GHz; the highest clock of an H200 is 1.98."""
 
 PROFILED = 3
 """Steps under each of the profilers."""
@@ -125,7 +131,7 @@ class _Asked:
 class Requests:
     """Requests on one step loop of this process."""
 
-    def __init__(self, loaded: LoadedExecutor, *, overlap: int = 1, seed: int = 0) -> None:
+    def __init__(self, loaded: LoadedExecutor, *, seed: int = 0) -> None:
         self.executor = RecordingExecutor(loaded.executor)
         core = Scheduler(
             num_blocks=loaded.executor.num_blocks,
@@ -138,7 +144,7 @@ class Requests:
         self._loop = StepLoop(
             core,
             self.executor,
-            overlap=overlap,
+            overlap=1,
             vocab_size=loaded.vocab_size,
             eos_token_ids=loaded.eos_token_ids,
             publish=self._receive,
@@ -215,7 +221,7 @@ class Requests:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Steps of one kind, beside `decoding` rows: seconds, once a repeat. `device` is where nothing waited for the
-    host."""
+    host; see `undisturbed`."""
 
     decoding: int
     host: list[float]
@@ -249,9 +255,15 @@ async def measure(requests: Requests, prefix: Int32Array, new: int, repeats: int
         found[0].num_decode,
         [record.host for record in found],
         [record.device for record in found],
-        [record.device for record in held],
+        undisturbed(held),
         first,
     )
+
+
+def undisturbed(held: Sequence[Record]) -> list[float]:
+    """Seconds of the device in steps behind a pause. None where one was enqueued for as long as the pause: then the
+    device may have waited for the host."""
+    return [record.device for record in held] if all(record.host < PAUSE_SECONDS for record in held) else []
 
 
 def _here(work: Callable[[], None]) -> None:
@@ -380,6 +392,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Print the table, then the sessions'."""
+    if options.profile is not None and not (options.new and 0 in options.beside):
+        raise SystemExit("--profile is of every --new, alone: it needs at least one --new, and 0 among --beside")
     turns = options.turns * (options.more + options.output) if options.sessions else 0
     longest = options.context + max(options.stream_tokens, turns, *options.new, 1)
     rows = max([1, *(number + 1 for number in options.beside), *options.sessions])

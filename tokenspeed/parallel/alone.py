@@ -84,19 +84,21 @@ def _nobody(name: str, ranks: object) -> Group:
 
 
 def _made_up(shape_of: Callable[[Shape], Shape]) -> Move:
-    """A tensor of another shape, made at the first call with each. Random, so that the tokens of others ask experts of
-    their own; whole numbers, which are ids and flags, are this rank's own over again."""
-    made: dict[Shape, torch.Tensor] = {}
+    """A tensor of another shape, made at the first call with each and each type. Random, so that the tokens of others
+    ask experts of their own; whole numbers, which are ids and flags, are this rank's own over again."""
+    made: dict[tuple[Shape, torch.dtype], torch.Tensor] = {}
 
     def move(x: torch.Tensor) -> torch.Tensor:
         shape = shape_of(tuple(x.shape))
-        if shape not in made:
+        key = shape, x.dtype
+        if key not in made:
             if x.is_floating_point():
                 generator = torch.Generator(x.device).manual_seed(math.prod(shape))
-                made[shape] = torch.randn(shape, generator=generator, device=x.device).to(x.dtype)
+                made[key] = torch.randn(shape, generator=generator, device=x.device).to(x.dtype)
             else:
-                made[shape] = x.repeat(shape[0] // len(x), *(1,) * (x.ndim - 1))
-        return made[shape]
+                own = x[: shape[0]]
+                made[key] = own.repeat(*(wanted // had for wanted, had in zip(shape, own.shape, strict=True)))
+        return made[key]
 
     return move
 
