@@ -36,5 +36,7 @@ def enqueued(work: Callable[[], Tensor], device: torch.device) -> Tensor:
 
 @torch.inference_mode()
 def _on_stream(stream: torch.cuda.Stream, work: Callable[[], Tensor]) -> Tensor:
-    with torch.cuda.stream(stream):
+    # The device too is this thread's own, and not yet the stream's: leaving the stream alone would go back to the first
+    # device, and so begin to use it.
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         return work()

@@ -6,11 +6,11 @@ the form of plain matrices there (`selection.plain_form`), rows, experts among t
 and attention (`attention_packed.h`, `mla_packed.h`). `amx` has packed weights and attention in tile instructions
 (`pair_tiles.h`, `attention_tiles.h`). Sums and exponentials are in float32, and so are the weights of attention, except
 where prompts or latents are multiplied in pairs.
-Attention over the paged cache is online-softmax over tiles of 64 tokens (128 in a prefill in tiles); a row's result
-depends neither on its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has one order of
-sums up to 32 tokens and one above (`linear.py`), products with packed weights have one for all (`panels.h`), quantised
-ones in tiles two (`pairs.h`). Blocks of a decode step are one call each, and so are all layers of a dense decoder
-(`blocks.cc`). `embedding` of a plain table is torch's here.
+Attention over the paged cache is online-softmax over tiles of 64 tokens (128 in a prefill and of latents in pairs); a
+row's result depends neither on its batch, nor on the number of threads, nor on how a prompt was chunked. `linear` has
+one order of sums up to 32 tokens and one above (`linear.py`), products with packed weights have one for all
+(`panels.h`), quantised ones in pairs two (`pairs.h`). Blocks of a decode step are one call each, and so are all layers
+of a dense decoder (`blocks.cc`). `embedding` of a plain table is torch's here.
 
 Threads are a pool of this package's own (`parallel.h`), as many as `torch.set_num_threads` says.
 
@@ -101,7 +101,7 @@ def implementations() -> tuple[Implementation, ...]:
             traits=_NARROW_HEADS if op in _NARROW_OPS and variant in _NARROW else traits,
             priority=priority + (PACKED_FIRST if (op, variant) == ("packed_linear", "avx512_bf16") else 0),
             variant=variant,
-            unavailable=_no_tiles if variant == "amx" else _unavailable,
+            unavailable={"amx": _no_tiles, "avx512_bf16": _slow_pairs}.get(variant, _unavailable),
         )
         for op, traits in TRAITS.items()
         for variant, (priority, on) in VARIANTS.items()
@@ -119,6 +119,15 @@ def _no_tiles() -> str | None:
         return reason
     allowed = importlib.import_module(f"{__name__}._ops").supports("amx")
     return None if allowed else "the system does not let this process use tiles"
+
+
+def _slow_pairs() -> str | None:
+    if (reason := _unavailable()) is not None:
+        return reason
+    known = importlib.import_module(f"{__name__}._ops")
+    # Beside tiles, which take what is much, the vectors multiply a few tokens, and wait for the memory.
+    worth = known.full_rate_pairs() or known.supports("amx") or not known.supports("avx512_bf16")
+    return None if worth else "this processor multiplies pairs of bfloat16 at a fraction of float32's rate"
 
 
 def _binder(op: str, variant: str) -> Callable[[Target, Traits], Kernel]:

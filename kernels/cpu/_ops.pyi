@@ -17,6 +17,9 @@ def num_helpers() -> int:
 def supports(isa: Isa) -> bool:
     """Whether this processor runs it and this build has it."""
 
+def full_rate_pairs() -> bool:
+    """Whether `avx512_bf16` is supported, and its products of pairs take no longer than those of float32."""
+
 def kv_store(
     source: int, source_stride: int, cache: int, slots: int, tokens: int, size: int, num_slots: int, threads: int
 ) -> None:

@@ -71,6 +71,7 @@ cdef extern from "kernels.h" namespace "tokenspeed::cpu" nogil:
     const int64_t OK
     const int c_linear_few "tokenspeed::cpu::LINEAR_FEW"
     bint c_supports "tokenspeed::cpu::supports"(Isa)
+    bint c_full_rate_pairs "tokenspeed::cpu::full_rate_pairs"()
     const Table* c_kernels "tokenspeed::cpu::kernels"(Isa, Type)
     int64_t c_mha_decode "tokenspeed::cpu::mha_decode"(const Table&, const Attention&, int) except +
     int64_t c_mha_prefill "tokenspeed::cpu::mha_prefill"(
@@ -176,6 +177,10 @@ MAX_THREADS = c_max_threads
 
 def num_helpers():
     return c_num_helpers()
+
+
+def full_rate_pairs():
+    return c_full_rate_pairs()
 
 
 def supports(str isa):

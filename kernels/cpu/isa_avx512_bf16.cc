@@ -14,6 +14,10 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a boundary between files
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 
+namespace tokenspeed::cpu::avx512 {
+const Kernels* table(Type);
+}
+
 namespace tokenspeed::cpu::avx512_bf16 {
 namespace {
 constexpr int LANES = 16;
@@ -40,5 +44,11 @@ constexpr int LANES = 16;
 }  // namespace
 #include "pair_table.h"
 #include "table.h"
+
+const Kernels* table(Type type) {
+    if (type == Type::f32) return avx512::table(type);  // the same instructions
+    static constexpr Kernels bf16 = with_packed_latents(with_pairs(table_of<BFloat16>()));
+    return &bf16;
+}
 }  // namespace tokenspeed::cpu::avx512_bf16
 #endif

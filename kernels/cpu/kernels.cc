@@ -74,6 +74,16 @@ bool supports(Isa isa) {
     }
 }
 
+bool full_rate_pairs() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned GENU = 0x756e6547;  // "Genu" of "GenuineIntel"
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return supports(Isa::avx512_bf16) && __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx != GENU;
+#else
+    return supports(Isa::avx512_bf16);
+#endif
+}
+
 const Kernels* kernels(Isa isa, Type type) {
     if (!supports(isa)) return nullptr;
     switch (isa) {

@@ -205,6 +205,9 @@ struct Kernels {
 
 // Whether this processor runs it, and this build has it.
 bool supports(Isa);
+// Whether it starts bfloat16's products of pairs as often as float32's, which Intel's do not: 1.1 against 4.2 billion a
+// second were counted on a Sapphire Rapids.
+bool full_rate_pairs();
 const Kernels* kernels(Isa, Type);
 
 // Partial floats of one split.

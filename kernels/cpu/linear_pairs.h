@@ -1,5 +1,6 @@
-// linear for many tokens of bfloat16 where one instruction multiplies pairs of numbers. Included by isa_avx512_bf16.cc
-// inside its namespace, after linear_many.h, whose strips these are.
+// linear for many tokens of bfloat16 where one instruction multiplies pairs of numbers: of experts; the op `linear` leaves
+// them to torch, which is as fast. Included by isa_avx512_bf16.cc inside its namespace, after linear_many.h, whose
+// strips these are.
 //
 // A strip of weight rows becomes words of pairs, rows side by side as in a panel, and multiplies all tokens of a block,
 // whose pairs are as they were given. A sum runs over the pairs in order, whatever stands beside it.

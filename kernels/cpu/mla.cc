@@ -15,8 +15,10 @@ constexpr int32_t HEAD_ROWS = 1024;             // query tokens that share a hea
 
 int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-// Head by head, each expanded where it is used: once, unless there are more threads than heads.
+// Head by head, each expanded where it is used: by each of its tasks, of which there are several for many tokens, and two
+// where there are twice as many threads as heads. More threads would only expand what others have expanded.
 void heads_in_pairs(const Kernels& kernels, const LatentPrefill& a, int threads) {
+    threads = std::min(threads, 2 * a.num_heads);
     const int32_t cuts = std::max((a.tokens + HEAD_ROWS - 1) / HEAD_ROWS,
                                   std::min((a.tokens + TILE_ROWS - 1) / TILE_ROWS, threads / a.num_heads));
     const int64_t each = round_up(kernels.latent_head_scratch(a, (a.tokens + cuts - 1) / cuts));

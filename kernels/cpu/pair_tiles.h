@@ -56,6 +56,12 @@ struct Stream {
     }
 };
 
+// Groups of each strip of as many: as even as they can be.
+constexpr int64_t strip_depth(int64_t groups) {
+    const int64_t strips = (groups + STRIP_GROUPS - 1) / STRIP_GROUPS;
+    return strips == 0 ? 1 : (groups + strips - 1) / strips;
+}
+
 // sums (from zero if `first`) += T tiles of tokens · P panels of weights, `depth` groups of each. A tile's sums are
 // `sums_stride` floats behind those of the one before, a panel's follow each other. The first tokens bring the
 // weights near, and those AHEAD are fetched; behind a panel's end comes its successor in this stream, P panels
@@ -183,6 +189,34 @@ inline void rounded_pairs(const Linear& a, const Pairs& x, int64_t begin, int64_
     float* sums = scratch + 2 * STRIP_GROUPS * GROUP_BYTES / 4;
     strips_of_tiles<2, false>(a, x, begin, first, last, depth, x.groups * F::BYTES, sums, words);
 }
+
+// A few groups of one quantised panel as words, with their scales and minimums.
+template <class F>
+struct Expanded {
+    static constexpr int64_t GROUPS = 4;
+    static constexpr int64_t FLOATS = GROUPS * (GROUP_BYTES / 4 + 2 * PANEL_ROWS);
+    char* words;
+    float* scales;
+    float* minimums;
+
+    explicit Expanded(float* memory)
+        : words(reinterpret_cast<char*>(memory)),
+          scales(memory + GROUPS * GROUP_BYTES / 4),
+          minimums(scales + GROUPS * PANEL_ROWS) {}
+    // `count` groups that lie at `group`; those AHEAD are fetched.
+    void expand(const char* group, int64_t count) {
+        constexpr int64_t AHEAD = 8;
+        for (int64_t i = 0; i < count; ++i, group += F::BYTES) {
+            for (int64_t line = 0; line < F::BYTES; line += 64) __builtin_prefetch(group + AHEAD * F::BYTES + line);
+            F::head(group, scales + i * PANEL_ROWS, minimums + i * PANEL_ROWS);
+            const typename F::Group of(group);
+            each<GROUP_WORDS>([&](auto w) {
+                const Words pair = of.template pair<w.value>();
+                __builtin_memcpy(words + i * GROUP_BYTES + w.value * PANEL_ROWS * 4, &pair, sizeof pair);
+            });
+        }
+    }
+};
 
 // sums [M, 16] (from zero if `first`) += scale · (tile · group) + minimum · (sum of the token) for N groups.
 template <int M, int N, class F>

@@ -41,12 +41,6 @@ struct Pairs {
     const float* sums_of(int64_t t, int64_t group) const { return sums + (t * groups + group) * rows; }
 };
 
-// Groups of each strip of as many: as even as they can be.
-constexpr int64_t strip_depth(int64_t groups) {
-    const int64_t strips = (groups + STRIP_GROUPS - 1) / STRIP_GROUPS;
-    return strips == 0 ? 1 : (groups + strips - 1) / strips;
-}
-
 // 0, 16, 1, 17, …
 template <int... I>
 inline Shorts interleaved(Lanes<I...>) {
@@ -176,34 +170,6 @@ inline const char* round_strip(const Linear& a, int64_t panel, int64_t count, in
     }
     return strip;
 }
-
-// A few groups of one quantised panel as words, with their scales and minimums.
-template <class F>
-struct Expanded {
-    static constexpr int64_t GROUPS = 4;
-    static constexpr int64_t FLOATS = GROUPS * (GROUP_BYTES / 4 + 2 * PANEL_ROWS);
-    char* words;
-    float* scales;
-    float* minimums;
-
-    explicit Expanded(float* memory)
-        : words(reinterpret_cast<char*>(memory)),
-          scales(memory + GROUPS * GROUP_BYTES / 4),
-          minimums(scales + GROUPS * PANEL_ROWS) {}
-    // `count` groups that lie at `group`; those AHEAD are fetched.
-    void expand(const char* group, int64_t count) {
-        constexpr int64_t AHEAD = 8;
-        for (int64_t i = 0; i < count; ++i, group += F::BYTES) {
-            for (int64_t line = 0; line < F::BYTES; line += 64) __builtin_prefetch(group + AHEAD * F::BYTES + line);
-            F::head(group, scales + i * PANEL_ROWS, minimums + i * PANEL_ROWS);
-            const typename F::Group of(group);
-            each<GROUP_WORDS>([&](auto w) {
-                const Words pair = of.template pair<w.value>();
-                __builtin_memcpy(words + i * GROUP_BYTES + w.value * PANEL_ROWS * 4, &pair, sizeof pair);
-            });
-        }
-    }
-};
 
 // Of all lanes, in four steps.
 template <int S>

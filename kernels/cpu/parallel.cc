@@ -53,13 +53,13 @@ std::vector<int> cpus_of(int threads) {
     return cpus;
 }
 
-// Where it may not be, it runs where it does.
-void stay_on(int cpu) {
+// Where a thread may not be, it runs where it does.
+void place([[maybe_unused]] std::thread& thread, [[maybe_unused]] int cpu) {
 #if defined(__linux__)
     cpu_set_t only;
     CPU_ZERO(&only);
     CPU_SET(cpu, &only);
-    pthread_setaffinity_np(pthread_self(), sizeof only, &only);
+    pthread_setaffinity_np(thread.native_handle(), sizeof only, &only);
 #endif
 }
 
@@ -108,11 +108,9 @@ private:
         try {
             const std::vector<int> cpus = cpus_of(threads);
             for (; helpers < wanted; ++helpers) {
-                const int worker = helpers + 1, cpu = cpus.empty() ? -1 : cpus[worker];
-                std::thread([this, worker, cpu] {
-                    if (cpu >= 0) stay_on(cpu);
-                    help(worker);
-                }).detach();
+                std::thread helper([this, worker = helpers + 1] { help(worker); });
+                if (!cpus.empty()) place(helper, cpus[helpers + 1]);
+                helper.detach();
             }
         } catch (const std::exception&) {
             // The system allows no more threads, or has no memory for one: those there are do the work.

@@ -15,8 +15,8 @@ constexpr int MAX_THREADS = 256;
 
 // Runs tasks 0 to count-1, each once, on at most `threads` threads, the caller among them; returns when all are
 // done. A task must not throw. Serial while another thread is inside: results never depend on it. Helpers
-// start with the first run that wants them, inherit its affinity and live as long as the process; a forked
-// child starts its own. Where `threads` is the number of CPUs that the caller may use, each helper stays on one of its own.
+// start with the first run that wants them and live as long as the process; a forked child starts its own. A helper
+// that starts for as many threads as the caller may use CPUs stays on one of its own; others share the caller's.
 void run_tasks(int64_t count, int threads, Task task, const void* context);
 
 template <class Body>

@@ -43,12 +43,9 @@ constexpr Kernels table_of() {
 }
 }  // namespace
 
+#ifndef TOKENSPEED_BFLOAT16_PRODUCTS
 const Kernels* table(Type type) {
-    static constexpr Kernels f32 = table_of<float>();
-#ifdef TOKENSPEED_BFLOAT16_PRODUCTS
-    static constexpr Kernels bf16 = with_packed_latents(with_pairs(table_of<BFloat16>()));
-#else
-    static constexpr Kernels bf16 = table_of<BFloat16>();
-#endif
+    static constexpr Kernels f32 = table_of<float>(), bf16 = table_of<BFloat16>();
     return type == Type::f32 ? &f32 : &bf16;
 }
+#endif

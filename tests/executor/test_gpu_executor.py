@@ -32,7 +32,9 @@ from tokenspeed.executor.graphs import MAX_BUCKETS, buckets
 from tokenspeed.executor.interface import Binding
 from tokenspeed.kernels.reference.decode_inputs import decode_inputs
 from tokenspeed.kernels.reference.sample import sample
-from tokenspeed.layers.forward import ForwardInput, LayerKV
+from tokenspeed.layers.attention import AttentionInput
+from tokenspeed.layers.forward import ForwardInput, LayerKV, TokenInput
+from tokenspeed.models.causal_lm import Pieces
 
 CPU = torch.device("cpu")
 OPS = StepOps(decode_inputs, sample)
@@ -71,6 +73,58 @@ def test_a_captured_size_is_never_far_above_the_rows_and_there_are_few() -> None
         assert sizes[-1] == max_rows
         assert len(sizes) <= MAX_BUCKETS
         assert all(after <= 2 * size for size, after in pairwise(sizes))
+
+
+class OnePiece(HashModel):
+    """Without an attention: all of it is a piece, which notes of how many tokens it is."""
+
+    num_pieces = attended_width = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    @property
+    def pieces(self) -> Pieces:
+        return self
+
+    @pieces.setter
+    def pieces(self, none: None) -> None:
+        """A hash model has none."""
+
+    def piece(
+        self, index: int, x: torch.Tensor | None, residual: torch.Tensor | None, tokens: TokenInput,
+        kv: Sequence[LayerKV],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        self.sizes.append(len(tokens.token_ids))
+        return torch.zeros(len(tokens.token_ids), 1), None
+
+    def attend(
+        self, index: int, q: torch.Tensor, inputs: AttentionInput, kv: Sequence[LayerKV], out: torch.Tensor | None
+    ) -> torch.Tensor:
+        raise AssertionError("there is no attention")
+
+
+def test_steps_with_prompts_go_in_pieces_up_to_the_largest_size_that_fits() -> None:
+    model = OnePiece()
+    executor = executor_of(model)
+    assert LIMITS.max_tokens == 20, "one size of 16 fits"
+
+    async def run() -> None:
+        step = 0
+        for count, in_pieces in ((2, True), (16, True), (17, False), (20, False)):
+            model.sizes, model.inputs, step = [], [], step + 1
+            deltas = [(0, at, at) for at in range(5)]
+            plan = plan_of(executor.new_buffers(), [(0, 0, range(count))], step=step, bound=[0], deltas=deltas)
+            await executor.launch(plan, [binding_of(range(count))]).tokens()
+            assert (model.sizes, len(model.inputs)) == ([16], 0) if in_pieces else ([], 1)
+        model.sizes, model.inputs = [], []
+        plan = plan_of(executor.new_buffers(), [(0, 20, (ON_DEVICE,))], step=step + 1, deltas=[(0, 5, 5)])
+        await executor.launch(plan, []).tokens()
+        assert not model.sizes and len(model.inputs) == 1, "decode rows alone are a graph of their own"
+
+    asyncio.run(run())
+    executor.close()
 
 
 def test_warming_up_leaves_no_trace() -> None:

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.toy import toy_llama
+from tokenspeed.checkpoint.config import read_model_config
+from tokenspeed.checkpoint.source import resolve
 from tokenspeed.layers.memory import HUGE_PAGE, LINE, PIECE, ParameterMemory
+from tokenspeed.layers.module import BuildContext
+from tokenspeed.models.registry import build_model
 
 CPU = torch.device("cpu")
 ASKED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -56,3 +61,10 @@ def test_the_system_is_asked_for_huge_pages() -> None:
             assert " hg" in each[each.index("VmFlags") :]
             return
     raise AssertionError("the parameter lies nowhere")
+
+
+def test_a_model_built_without_memory_takes_none(tmp_path: Path) -> None:
+    toy_llama(tmp_path)
+    ctx = BuildContext.of(device=CPU, dtype=torch.float32, max_positions=64, block_size=16)
+    model = build_model(read_model_config(resolve(str(tmp_path))), ctx.on(torch.device("meta")))
+    assert all(parameter.is_meta for parameter in model.parameters())

@@ -113,8 +113,8 @@ class DeviceStep:
         samples: int,
         padded_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Rows of any number of new tokens, `num_decode` rows of one first. Hidden states of all tokens [T, H].
-        `padded_tokens` as in `ForwardInput`."""
+        """Rows of any number of new tokens, `num_decode` rows of one first. Hidden states of all tokens [T, H], valid
+        until the next step. `padded_tokens` as in `ForwardInput`."""
         inputs = self._inputs(num_decode, query_lens, kv_lens, padded_tokens)
         pieces, work = self.pieces, partial(self._model.forward, inputs, self._kv)
         if pieces is not None and num_decode < len(query_lens) and len(inputs.token_ids) <= pieces.most:

@@ -66,7 +66,7 @@ class GpuFlight:
 class GpuExecutor:
     """Runs plans against `model` with the KV cache `kv`, all on `target`'s device.
 
-    `capture` must be called before the first step if decode steps are to be graphs. With `peers` the model is one
+    `capture` must be called before the first step if steps are to be graphs. With `peers` the model is one
     rank's; all ranks warm up, capture and launch in the same order, and `launch` is told what lies `beside` the rows of
     this rank's group.
     """
@@ -124,6 +124,8 @@ class GpuExecutor:
         self._tables.block_table[padding] = 0
         for cache in itertools.chain.from_iterable(self._kv):
             cache[0].zero_()  # the context of these steps, in which nothing was stored
+        if self._step.pieces is not None:
+            self._step.pieces.prepare()
         for step in warm_steps(self._limits):
             self._clear_plan()
             rows = len(step.query_lens)
@@ -138,7 +140,8 @@ class GpuExecutor:
 
     @torch.inference_mode()
     def capture(self) -> float:
-        """Make graphs of decode steps, one pair a bucket. Seconds that it took."""
+        """Make graphs of decode steps, one pair a bucket, and of what lies between attentions in steps with prompts.
+        Seconds that it took."""
         start = time.perf_counter()
         self._clear_plan()
         self._graphs.capture()

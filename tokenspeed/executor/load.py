@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -106,7 +105,7 @@ def load_executor(
         rank=place.rank,
     )
     # Built without memory first: what does not fit is refused before it is allocated (0.1 s for 30 layers).
-    shapes = built(model_config, dataclasses.replace(ctx, device=torch.device("meta")))
+    shapes = built(model_config, ctx.on(torch.device("meta")))
     needs = Needs(
         block_bytes(shapes.kv_spec, config.block_size, dtype), config.kv_cache_bytes, limits, model_config.vocab_size
     )

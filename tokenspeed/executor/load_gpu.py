@@ -59,7 +59,7 @@ def free_memory(device: torch.device) -> int:
 def start_gpu(
     model: Model, ctx: BuildContext, needs: Needs, world: World | None = None
 ) -> tuple[GpuExecutor, tuple[int, ...], str]:
-    """Start an executor for a loaded model, decode steps captured; say how many KV blocks each pool has, and in a line
+    """Start an executor for a loaded model, steps captured; say how many KV blocks each pool has, and in a line
     what it took.
 
     A first executor with a cache of one block runs the largest step and captures everything; what is free beside

@@ -56,14 +56,19 @@ class PieceGraphs:
         self._run(size, AttentionInput.of(inputs), count)
         return self._held["hidden"][:count]
 
+    def prepare(self) -> None:
+        """Make what pieces and attentions hand to each other, before steps of other sizes take the memory apart."""
+        self._be_empty()
+        for size in self._sizes[:1]:
+            self._run(size, None, 0)
+
     def capture(self) -> None:
         """Run the pieces of every size once, for what compiles or loads on first use, then capture them. Largest first:
         the smaller ones then fit into the memory that it took."""
+        self._be_empty()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         pool = torch.cuda.graph_pool_handle()
-        self._kv_slots.fill_(-1)
-        self._num_tokens.zero_()
         for size in reversed(self._sizes):
             with torch.cuda.stream(stream):
                 self._run(size, None, 0)
@@ -75,6 +80,11 @@ class PieceGraphs:
     def release(self) -> None:
         """Forget what was captured."""
         self._captured.clear()
+
+    def _be_empty(self) -> None:
+        """All tokens are padding."""
+        self._kv_slots.fill_(-1)
+        self._num_tokens.zero_()
 
     def _run(self, size: int, attention: AttentionInput | None, count: int) -> None:
         """All pieces of `size` tokens; without `attention` they are padding, of which none attends."""

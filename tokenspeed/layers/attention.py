@@ -153,12 +153,8 @@ class PagedAttention(Module):
         pair = 4.0 * self.num_heads * self.head_dim
         return Work(kv_bytes=self._kv_bytes, decode_pair_flop=pair, prompt_pair_flop=pair)
 
-    def forward(self, qkv: torch.Tensor, inputs: AttentionInput, kv: LayerKV) -> torch.Tensor:
-        """qkv [T, (Hq + 2 Hk) D], overwritten → [T, Hq D]."""
-        return self.attend(self.enter(qkv, inputs, kv), inputs, kv)
-
     def enter(self, qkv: torch.Tensor, places: Places, kv: LayerKV) -> torch.Tensor:
-        """qkv, overwritten → rotated queries [T, Hq, D]; keys and values enter the cache."""
+        """qkv [T, (Hq + 2 Hk) D], overwritten → rotated queries [T, Hq, D]; keys and values enter the cache."""
         heads = qkv.view(qkv.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q, k = self._rotate(q, k, places.positions, self.cos_sin)

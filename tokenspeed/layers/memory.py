@@ -10,7 +10,8 @@ import torch
 
 HUGE_PAGE = 2 << 20
 PIECE = 64 << 20
-"""Bytes that are asked of the system at a time. What is not used of them takes no memory."""
+"""Bytes that are asked of the system at a time, unless a parameter alone has a quarter of them or more. What is not
+used of them is never written, so it takes no memory."""
 LINE = 64
 _HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
 
@@ -34,8 +35,10 @@ class ParameterMemory:
         size = math.prod(shape) * dtype.itemsize
         if self._device.type != "cpu" or _HUGE is None or size == 0:
             return (torch.zeros if zeros else torch.empty)(shape, dtype=dtype, device=self._device)
+        if size >= PIECE // 4:
+            return _new_piece(size, _HUGE)[:size].view(dtype).view(shape)
         if size > len(self._piece) - self._used:
-            self._piece, self._used = _new_piece(max(size, PIECE), _HUGE), 0
+            self._piece, self._used = _new_piece(PIECE, _HUGE), 0
         values = self._piece[self._used : self._used + size]
         self._used += -(-size // LINE) * LINE
         return values.view(dtype).view(shape)

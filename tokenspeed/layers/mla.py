@@ -93,16 +93,11 @@ class LatentAttention(Module):
         attention = Work(kv_bytes=self._kv_bytes, decode_pair_flop=absorbed, prompt_pair_flop=expanded)
         return super().work(tokens) + attention
 
-    def forward(
-        self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, inputs: AttentionInput, kv: LayerKV
-    ) -> torch.Tensor:
-        """q [T, Hq (N + P)] and k_rope [T, P], both rotated in place, latent [T, C] → [T, Hq V]."""
-        return self.attend(self.enter(q, latent, k_rope, inputs, kv), inputs, kv)
-
     def enter(
         self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, places: Places, kv: LayerKV
     ) -> torch.Tensor:
-        """As `forward` → rotated queries [T, Hq, N + P]; latents and rotated keys enter the cache."""
+        """q [T, Hq (N + P)] and k_rope [T, P], both rotated in place, latent [T, C] → rotated queries [T, Hq, N + P];
+        latents and rotated keys enter the cache."""
         shape = self.shape
         heads = q.view(-1, shape.num_heads, shape.qk_dim)
         self._rotate(heads[..., shape.nope_dim :], k_rope.unsqueeze(1), places.positions, self.cos_sin)

@@ -72,6 +72,11 @@ class BuildContext:
             plain_form=plain_form,
         )
 
+    def on(self, device: torch.device) -> BuildContext:
+        """The same context with parameters on another device, "meta" for a model without memory; kernels are still
+        those of the target."""
+        return dataclasses.replace(self, device=device, memory=ParameterMemory(device))
+
     def inside(self, name: str) -> BuildContext:
         """The same context for a part whose checkpoint tensors are called `prefix`.`name`.…"""
         return dataclasses.replace(self, prefix=self.name(name))

@@ -61,8 +61,8 @@ class CausalLM(Module):
 
     @property
     @abstractmethod
-    def pieces(self) -> Pieces:
-        """The same, cut at its attentions."""
+    def pieces(self) -> Pieces | None:
+        """The same, cut at its attentions; None where these are not alike."""
 
     @abstractmethod
     def forward(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor:

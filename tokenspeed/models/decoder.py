@@ -158,6 +158,7 @@ class Decoder(CausalLM):
         for index in range(len(self.layers)):
             q, residual = self.piece(index, x, residual, tokens, kv)
             x = self.attend(index, q, attention, kv, None)
+            del q  # as large as what the MLP is about to make
         return self.piece(len(self.layers), x, residual, tokens, kv)[0]
 
     def _decode(self, inputs: ForwardInput, kv: Sequence[LayerKV]) -> torch.Tensor:
@@ -173,8 +174,9 @@ class Decoder(CausalLM):
         return hidden
 
     @property
-    def pieces(self) -> Pieces:
-        return self
+    def pieces(self) -> Pieces | None:
+        widths = {layer.self_attn.attended_width for layer in self.layers}
+        return self if len(widths) == 1 else None
 
     @property
     def num_pieces(self) -> int:
