@@ -167,7 +167,7 @@ inline void tokens_of_panel(Panel<T> panel, int rows, int64_t tokens, float* tot
 constexpr int64_t ROWS_AHEAD = 2 * LINEAR_ROWS;
 
 // The same sums of bfloat16, held in registers: in an array that functions are handed they go through memory in every
-// step (GCC 12), 80 GFLOP/s of a Zen 4 core where this has 175. Meanwhile the columns [fetch_first, fetch_last) of rows
+// step (GCC 12), 83 GFLOP/s of a Zen 4 core where this has 162. Meanwhile the columns [fetch_first, fetch_last) of rows
 // to come are fetched, into the second-level cache: rows of 4 KiB share few lines of the first. With eight rows ahead
 // in that one, a token alone had 18 GB/s where it has 23.
 template <int R, int N>
