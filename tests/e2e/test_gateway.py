@@ -26,8 +26,8 @@ from smg_grpc_proto.generated import tokenspeed_scheduler_pb2_grpc as stubs
 from tests.e2e.server import free_port, serving
 
 MODEL = "SmolLM2-135M-Instruct"
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
-PARIS = "The capital of France is Paris."
+CAPITAL = [{"role": "user", "content": "What is the capital of Japan?"}]
+TOKYO = "The capital of Japan is Tokyo."
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
 WEATHER = {
     "type": "function",
@@ -124,7 +124,7 @@ def test_both_engines_are_found_for_what_they_are(fleet: Fleet) -> None:
 
 def test_a_chat_is_the_same_whole_and_streamed_and_its_usage_is_right(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(messages=CAPITAL, max_tokens=20, **GREEDY)  # type: ignore[call-overload]
-    assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (PARIS, "stop")
+    assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (TOKYO, "stop")
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (37, 8)
     chunks = list(
         client.chat.completions.create(  # type: ignore[call-overload]
@@ -132,7 +132,7 @@ def test_a_chat_is_the_same_whole_and_streamed_and_its_usage_is_right(client: op
         )
     )
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert said == PARIS
+    assert said == TOKYO
     assert chunks[-1].usage.completion_tokens == 8
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
 
@@ -142,12 +142,12 @@ def test_completions_messages_and_responses_are_served(fleet: Fleet) -> None:
     assert [choice["text"] for choice in completion["choices"]] == [" Paris."] * 2
     assert [choice["finish_reason"] for choice in completion["choices"]] == ["length"] * 2
     message = fleet.ask("/v1/messages", {"messages": CAPITAL, "max_tokens": 20, **GREEDY})
-    assert (message["content"][0]["text"], message["stop_reason"]) == (PARIS, "end_turn")
-    cut = fleet.ask("/v1/messages", {"messages": CAPITAL, "max_tokens": 20, "stop_sequences": [" France"], **GREEDY})
+    assert (message["content"][0]["text"], message["stop_reason"]) == (TOKYO, "end_turn")
+    cut = fleet.ask("/v1/messages", {"messages": CAPITAL, "max_tokens": 20, "stop_sequences": [" Japan"], **GREEDY})
     assert (cut["content"][0]["text"], cut["stop_reason"]) == ("The capital of", "stop_sequence")
-    assert cut["stop_sequence"] == " France"
+    assert cut["stop_sequence"] == " Japan"
     response = fleet.ask("/v1/responses", {"input": CAPITAL[0]["content"], "max_output_tokens": 20, **GREEDY})
-    assert response["output"][0]["content"][0]["text"] == PARIS
+    assert response["output"][0]["content"][0]["text"] == TOKYO
 
 
 def test_tools_and_schemas_are_kept_by_the_engine_and_parsed_by_the_gateway(client: openai.OpenAI) -> None:
@@ -179,7 +179,7 @@ def test_log_probabilities_come_one_for_each_token(client: openai.OpenAI) -> Non
         messages=CAPITAL, max_tokens=20, logprobs=True, top_logprobs=2, **GREEDY
     )
     entries = answer.choices[0].logprobs.content
-    assert "".join(entry.token for entry in entries) == PARIS
+    assert "".join(entry.token for entry in entries) == TOKYO
     assert all(entry.top_logprobs[0].token == entry.token and entry.logprob <= 0 for entry in entries)
 
 
@@ -232,7 +232,7 @@ def test_an_engine_that_is_killed_is_started_again_and_the_other_one_serves_mean
     os.kill(killed, signal.SIGKILL)
     for _ in range(6):
         answer = fleet.ask("/v1/chat/completions", {"messages": CAPITAL, "max_tokens": 20, **GREEDY})
-        assert answer["choices"][0]["message"]["content"] == PARIS
+        assert answer["choices"][0]["message"]["content"] == TOKYO
 
     def back() -> bool:
         with contextlib.suppress(grpc.RpcError):

@@ -193,7 +193,7 @@ def _announce(config: ServerConfig, listener: socket.socket, door: Door) -> None
     key = '-H "Authorization: Bearer $TOKENSPEED_API_KEY" ' if config.api_keys else ""
     body = {
         "model": door.model.names[0],
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "What is the capital of Japan?"}],
         "max_tokens": 64,
         "temperature": 0,
     }
