@@ -116,10 +116,13 @@ class DeviceStep:
         """Rows of any number of new tokens, `num_decode` rows of one first. Hidden states of all tokens [T, H], valid
         until the next step. `padded_tokens` as in `ForwardInput`."""
         inputs = self._inputs(num_decode, query_lens, kv_lens, padded_tokens)
-        pieces, work = self.pieces, partial(self._model.forward, inputs, self._kv)
-        if pieces is not None and num_decode < len(query_lens) and len(inputs.token_ids) <= pieces.most:
-            work = partial(pieces, inputs)
-        hidden = enqueued(work, self._tables.device)
+        pieces, whole = self.pieces, partial(self._model.forward, inputs, self._kv)
+        if pieces is None:
+            hidden = whole()
+        elif num_decode < len(query_lens) and len(inputs.token_ids) <= pieces.most:
+            hidden = enqueued(partial(pieces, inputs), self._tables.device)
+        else:
+            hidden = enqueued(whole, self._tables.device)
         self._keep(hidden, samples)
         return hidden
 
