@@ -102,6 +102,18 @@ class TimedExecutor:
         self._executor.close()
 
 
+def control_plane(loaded: LoadedExecutor) -> Scheduler:
+    """One for this executor, that finds prefixes again."""
+    return Scheduler(
+        num_blocks=loaded.executor.num_blocks,
+        limits=loaded.limits,
+        max_model_len=loaded.max_model_len,
+        max_queued=1024,
+        prefix_caching=True,
+        hash_key=secrets.token_bytes(16),
+    )
+
+
 class Streams:
     """One batch after the other on one step loop."""
 
@@ -109,16 +121,8 @@ class Streams:
         self._params = params
         self._vocab_size = loaded.vocab_size
         self._executor = TimedExecutor(loaded.executor)
-        core = Scheduler(
-            num_blocks=loaded.executor.num_blocks,
-            limits=loaded.limits,
-            max_model_len=loaded.max_model_len,
-            max_queued=1024,
-            prefix_caching=True,
-            hash_key=secrets.token_bytes(16),
-        )
         self._loop = StepLoop(
-            core,
+            control_plane(loaded),
             self._executor,
             overlap=overlap,
             vocab_size=loaded.vocab_size,

@@ -20,7 +20,6 @@ import asyncio
 import cProfile
 import io
 import pstats
-import secrets
 import statistics
 import time
 from collections import defaultdict
@@ -33,9 +32,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from tokenspeed._core.scheduler import Scheduler
 from tokenspeed.batch import Finish, Int32Array, Plan, PlanBuffers, StepResult, StepTimes
 from tokenspeed.bench.agentic import positive
+from tokenspeed.bench.decode import control_plane
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.messages import ChoiceTokens, Submit
 from tokenspeed.engine.step_loop import StepLoop
@@ -133,16 +132,8 @@ class Requests:
 
     def __init__(self, loaded: LoadedExecutor, *, seed: int = 0) -> None:
         self.executor = RecordingExecutor(loaded.executor)
-        core = Scheduler(
-            num_blocks=loaded.executor.num_blocks,
-            limits=loaded.limits,
-            max_model_len=loaded.max_model_len,
-            max_queued=1024,
-            prefix_caching=True,
-            hash_key=secrets.token_bytes(16),
-        )
         self._loop = StepLoop(
-            core,
+            control_plane(loaded),
             self.executor,
             overlap=1,
             vocab_size=loaded.vocab_size,
